@@ -1,0 +1,70 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := dev,cpu,hqq,eval
+
+# Two stamps: what is installed, and what is compiled, so that an edited C++ file costs seconds.
+PACKAGES := $(VENV)/.packages
+BUILT := $(VENV)/.built
+CPP := $(shell find runtime -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(BUILT)  ## create .venv with all that the other targets need; nothing to do if up to date
+
+$(PACKAGES): pyproject.toml constraints.txt
+	@missing=; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo 'make setup: $(PYTHON) is not Python 3.11 or later, which constraints.txt needs; name one with PYTHON=...' >&2; exit 1; }; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
+	$(PYTHON) -c 'import pathlib, sys, sysconfig; \
+	  sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' || \
+	  missing="$$missing python3-dev"; \
+	command -v "$${CXX:-c++}" >/dev/null || missing="$$missing g++"; \
+	[ -z "$$missing" ] || { echo "make setup: missing system packages; on Debian and Ubuntu:" \
+	  "apt-get install$$missing" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	# The first line brings the build requirements, which the second uses without isolation.
+	$(BIN)/pip install --quiet -c constraints.txt cmake ninja nanobind nanobind-backend scikit-build-core
+	DISABLE_CUDA=1 $(BIN)/pip install --quiet -c constraints.txt hqq
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	touch $@
+
+$(BUILT): $(PACKAGES) runtime/CMakeLists.txt mla_deploy/__init__.py $(CPP)
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: setup  ## run the main job on the shipped model
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+test: setup  ## run the tests
+	$(BIN)/pytest -n 2
+
+lint: setup types  ## check style, types, the directions of imports, C++ formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+
+# build/typing is a tree of links in the layout of the installed package, which mypy and
+# import-linter need. -S keeps the editable install's import hook out of the latter's way: with it
+# the checkout is analysed instead, where quant/ and the others are not part of mla_deploy.
+types: setup
+	rm -rf build/typing
+	mkdir -p build/typing
+	cp -rs "$(CURDIR)/mla_deploy" build/typing/
+	cp -rs "$(CURDIR)/exporters" "$(CURDIR)/quant" "$(CURDIR)/runtime" build/typing/mla_deploy/
+	cd build/typing && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
+	  --cache-dir "$(CURDIR)/build/mypy"
+	PYTHONPATH="build/typing:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  $(BIN)/python -S $(BIN)/lint-imports --config pyproject.toml --no-cache --no-logo
+
+bench: setup  ## run the benchmarks and print their figures
+	$(BIN)/python benchmarks/run.py
+
+clean:  ## remove what was built and cached; .venv stays
+	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -r {} +

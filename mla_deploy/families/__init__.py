@@ -1,0 +1,46 @@
+"""Model families: one file each.
+
+A family says which `model_type`s it answers to, reads their config.json, and builds the layers. Any
+module in this folder that defines a `Family` subclass is found by itself: CONTRIBUTING.md shows how
+to add one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+
+from mla_deploy.errors import ConfigError
+from mla_deploy.families.base import Family
+
+__all__ = ["Family", "families", "family_of"]
+
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """Every family, by each `model_type` it answers to."""
+    found: dict[str, Family] = {}
+    for module in pkgutil.iter_modules(__path__):
+        contents = vars(importlib.import_module(f"{__name__}.{module.name}"))
+        for value in contents.values():
+            if isinstance(value, type) and issubclass(value, Family) and value is not Family:
+                found.update(dict.fromkeys(value.model_types, value()))
+    return found
+
+
+def family_of(model_type: object, origin: str) -> Family:
+    """The family that answers to a `model_type`.
+
+    Raises:
+        ConfigError: none does.
+    """
+    family = families().get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise ConfigError(
+            f"{origin}: this model_type is not known",
+            found=model_type,
+            allowed=", ".join(sorted(families())),
+            hint="add a family (CONTRIBUTING.md), or convert the model to MLA first",
+        )
+    return family

@@ -1,0 +1,81 @@
+"""The torch reference of a checkpoint: exact, simple, and held whole in memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mla_deploy.cache import cache_record, pages_for
+from mla_deploy.checkpoint import Checkpoint
+from mla_deploy.config import MlaConfig
+from mla_deploy.families import family_of
+from mla_deploy.modules.attention import LatentAttention
+from mla_deploy.modules.base import checkpoint_shapes, parameter_sources
+from mla_deploy.modules.decoder import Decoder
+from mla_deploy.recipe import Recipe
+
+
+def build(config: MlaConfig) -> Decoder:
+    """The reference modules, without storage."""
+    return family_of(config.model_type, config.model_type).decoder(config)
+
+
+def load_model(path: Path | str) -> Decoder:
+    """The reference of a checkpoint, quantised or not, computing in float32.
+
+    Raises:
+        ConfigError, CheckpointError: as `Checkpoint` does.
+    """
+    checkpoint = Checkpoint(path)
+    model = build(checkpoint.config)
+    checkpoint.check(checkpoint_shapes(model))
+    for name, parameter, source in list(parameter_sources(model)):
+        slabs = [slab.to(parameter.dtype) for slab in source.slabs(checkpoint.read)]
+        owner, _, leaf = name.rpartition(".")
+        loaded = nn.Parameter(torch.cat(slabs), requires_grad=False)
+        setattr(model.get_submodule(owner), leaf, loaded)
+    return model
+
+
+def set_attention_mode(model: Decoder, mode: str) -> None:
+    """Have every layer compute attention `absorbed` or `expanded`."""
+    for module in model.modules():
+        if isinstance(module, LatentAttention):
+            module.mode = mode
+
+
+def count_parameters(config: MlaConfig) -> int:
+    """Numbers in the source checkpoint of a model, each tensor once."""
+    total = 0
+    for shape in checkpoint_shapes(build(unquantized(config))).values():
+        total += torch.Size(shape).numel()
+    return total
+
+
+def unquantized(config: MlaConfig) -> MlaConfig:
+    """The same model before `quantize`."""
+    return replace(config, recipe=Recipe())
+
+
+def empty_cache(config: MlaConfig, pages: int) -> list[list[torch.Tensor]]:
+    """Zero-filled arenas of `pages` pages for every layer, the scratch page included."""
+    record = cache_record(config.recipe.cache_format)
+    parts = record.parts(config.kv_lora_rank, config.qk_rope_head_dim)
+    return [[part.empty(pages) for part in parts] for _ in range(config.num_hidden_layers)]
+
+
+@torch.no_grad()
+def forward_window(model: Decoder, config: MlaConfig, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits of fresh sequences of equal length. Shapes: [B, S] to [B, S, vocab_size]."""
+    batch, steps = input_ids.shape
+    pages = pages_for(steps)
+    block_table = torch.arange(1, batch * pages + 1).reshape(batch, pages)
+    every = torch.arange(steps).expand(batch, steps)
+    past = torch.zeros(batch, dtype=torch.int64)
+    new = torch.full((batch,), steps)
+    cache = empty_cache(config, batch * pages + 1)
+    logits: torch.Tensor = model(input_ids, past, new, block_table, every, cache)[0]
+    return logits

@@ -1,0 +1,120 @@
+"""Matrices and tables, in floating point or quantised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from mla_deploy import ops
+from mla_deploy.modules.base import Block
+from mla_deploy.packing import CODES, SCALES, ZEROS
+from mla_deploy.recipe import WeightFormat
+from mla_deploy.sources import Joined, Source, Stored, Zeros
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A matrix of the checkpoint [rows, in], by its name without `.weight`."""
+
+    name: str
+    rows: int
+    has_bias: bool = False
+
+
+def packed_shapes(
+    rows: tuple[int, ...], columns: int, weight_format: WeightFormat
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of each part of a quantised matrix [*rows, columns]."""
+    groups = columns // weight_format.group
+    zeros = torch.uint8 if weight_format.zeros == "integer" else torch.float16
+    return {
+        CODES: ((*rows, columns * weight_format.bits // 8), torch.uint8),
+        SCALES: ((*rows, groups), torch.float16),
+        ZEROS: ((*rows, groups), zeros),
+    }
+
+
+class Linear(Block):
+    """`x @ weight^T + bias` over matrices that read the same input, joined row by row.
+
+    Shapes: x [..., in], to [..., sum of rows].
+    """
+
+    def __init__(
+        self, in_features: int, pieces: tuple[Piece, ...], weight_format: WeightFormat | None
+    ) -> None:
+        super().__init__()
+        self.weight_format = weight_format
+        self.bias: torch.Tensor | None = None
+        rows = sum(piece.rows for piece in pieces)
+        if weight_format is None:
+            shape = {"weight": ((in_features,), torch.float32)}
+        else:
+            packed = packed_shapes((), in_features, weight_format)
+            shape = {name: (tail, dtype) for name, (tail, dtype) in packed.items()}
+        for name, (tail, dtype) in shape.items():
+            joined = Joined(tuple(Stored(f"{p.name}.{name}", (p.rows, *tail)) for p in pieces))
+            self.declare(name, (rows, *tail), joined, dtype)
+        if any(piece.has_bias for piece in pieces):
+            del self.bias
+            self.declare("bias", (rows,), Joined(tuple(_bias(piece) for piece in pieces)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight_format is None:
+            return F.linear(x, self.weight, self.bias)
+        return ops.linear_quantized(
+            x, self.codes, self.scales, self.zeros, self.bias, self.weight_format.bits
+        )
+
+
+class Embedding(Block):
+    """Rows of a table in float32. Shapes: ids [B, S], to [B, S, hidden]."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        name: str,
+        weight_format: WeightFormat | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.weight_format = weight_format
+        shapes = {"weight": ((vocab_size, hidden_size), dtype)}
+        if weight_format is not None:
+            shapes = packed_shapes((vocab_size,), hidden_size, weight_format)
+        for part, (shape, part_dtype) in shapes.items():
+            self.declare(part, shape, Stored(f"{name}.{part}", shape), part_dtype)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.weight_format is None:
+            return F.embedding(ids, self.weight).float()
+        return ops.embedding_quantized(
+            ids, self.codes, self.scales, self.zeros, self.weight_format.bits
+        )
+
+
+class Norm(Block):
+    """RMSNorm. Shapes: x [..., D]."""
+
+    def __init__(self, size: int, name: str, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.declare("weight", (size,), Stored(f"{name}.weight", (size,)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(x, self.weight, self.epsilon)
+
+    def after_add(
+        self, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of `x + residual`, and that sum."""
+        return ops.add_rms_norm(x, residual, self.weight, self.epsilon)
+
+
+def _bias(piece: Piece) -> Source:
+    if piece.has_bias:
+        return Stored(f"{piece.name}.bias", (piece.rows,))
+    return Zeros((piece.rows,))

@@ -1,0 +1,475 @@
+"""Text to token ids and back, and conversations to prompts.
+
+Read from a model's folder or a bundle: `tokenizer.json` (the `tokenizers` library's format),
+`tokenizer_config.json` (names of special tokens, whether a prompt gets them), a chat template
+(`chat_template.jinja`, or inside `tokenizer_config.json`) and `generation_config.json` (tokens that
+end a text). All four are data of other people: they are checked, and templates run in a sandbox.
+
+May be imported by the runtime: needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import tokenizers
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+from mla_deploy.bundle import Bundle
+from mla_deploy.errors import TokenizerError, UsageError
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+GENERATION_CONFIG = "generation_config.json"
+
+Message = Mapping[str, Any]
+"""One turn of a conversation: `role` and `content`, and whatever else the template reads."""
+
+
+class Tokenizer:
+    """The tokenizer of a model.
+
+    Attributes:
+        vocab_size: ids known, added tokens included; the model's may be larger (padding).
+        bos_token_id: what a text starts with, if anything.
+        eos_token_ids: what ends a text: `eos_token` and generation_config.json's `eos_token_id`.
+        special_token_ids: ids that stand for no text; `decode` leaves them out.
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        config: Mapping[str, Any],
+        generation_config: Mapping[str, Any],
+        templates: Mapping[str, str],
+        origin: Path,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._templates = templates
+        self._origin = origin
+        self._special_tokens = _special_tokens(config)
+        self._spelling = _Spelling.read(tokenizer, origin)
+        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.bos_token_id = self._named("bos_token")
+        self.eos_token_ids = self._eos_token_ids(generation_config)
+        self.special_token_ids = frozenset(
+            token_id
+            for token_id, token in tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        )
+        # As in transformers: the flags, where given, replace what tokenizer.json would add.
+        self._explicit_ends = {"add_bos_token", "add_eos_token"} & config.keys() != set()
+        self._add_bos = bool(config.get("add_bos_token"))
+        self._add_eos = bool(config.get("add_eos_token"))
+
+    @classmethod
+    def open(cls, source: Path | str | Bundle) -> Tokenizer:
+        """Read the tokenizer of a folder, or of a bundle (listed files only).
+
+        Raises:
+            TokenizerError: a file is missing, broken, or asks for something not supported.
+        """
+        folder = source.path if isinstance(source, Bundle) else Path(source)
+
+        def find(name: str) -> Path | None:
+            if isinstance(source, Bundle):
+                return source.file(name) if source.has(name) else None
+            return folder / name if (folder / name).is_file() else None
+
+        path = find(TOKENIZER)
+        if path is None:
+            raise TokenizerError(
+                f"{folder} has no tokenizer",
+                found=f"no {TOKENIZER}",
+                hint=f"copy {TOKENIZER} and {TOKENIZER_CONFIG} there; for a model that has only a "
+                "tokenizer.model, `AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER)` "
+                "of transformers writes them",
+            )
+        try:
+            tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        except Exception as error:  # the library raises plain ValueError and Exception
+            raise _broken(path, error) from None
+        config = _read_object(find(TOKENIZER_CONFIG))
+        template_path = find(CHAT_TEMPLATE)
+        return cls(
+            tokenizer,
+            config,
+            _read_object(find(GENERATION_CONFIG)),
+            _templates(config, None if template_path is None else _read_text(template_path)),
+            folder,
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            add_special_tokens: put around it what the files ask for, usually one token that starts
+                a text. Leave it out for a rendered chat, which spells those tokens itself.
+
+        Raises:
+            TokenizerError: the text is not valid Unicode.
+        """
+        try:
+            from_file = add_special_tokens and not self._explicit_ends
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=from_file).ids
+        except (TypeError, UnicodeEncodeError):
+            raise TokenizerError(
+                "a text that is not valid Unicode cannot be encoded",
+                found=ascii(text[:40]),
+                hint="read the text as UTF-8",
+            ) from None
+        if add_special_tokens and self._explicit_ends:
+            if self._add_bos and self.bos_token_id is not None:
+                ids = [self.bos_token_id, *ids]
+            eos = self._named("eos_token")
+            if self._add_eos and eos is not None:
+                ids = [*ids, eos]
+        return ids
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        decoder = self.stream(skip_special_tokens=skip_special_tokens)
+        return "".join([decoder.push(token_id) for token_id in ids]) + decoder.finish()
+
+    def stream(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
+        """A decoder that takes one token at a time."""
+        return StreamDecoder(self, skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 bytes of one token, perhaps only a part of a character; none for unknown ids."""
+        token = self._tokenizer.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
+        return b"" if token is None else self._spelling.token_bytes(token)
+
+    @property
+    def leading_spaces_dropped(self) -> int:
+        """Spaces that decoding takes off the start of a text (SentencePiece puts one there)."""
+        return self._spelling.leading_spaces_dropped
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model brings a chat template."""
+        return bool(self._templates)
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: object,
+    ) -> str:
+        """A conversation as one text, by the model's chat template.
+
+        Args:
+            messages: the turns, oldest first.
+            add_generation_prompt: end with the start of the assistant's turn.
+            tools: JSON schemas of functions that the model may call.
+            variables: whatever else the template reads, such as `enable_thinking`.
+
+        Raises:
+            TokenizerError: there is no template, it is broken, it refuses the conversation, or it
+                tries to reach outside its sandbox.
+            UsageError: the conversation is not made of plain JSON values.
+        """
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            raise TokenizerError(
+                f"the model in {self._origin} has no chat template",
+                hint=f"give a plain prompt, or put a {CHAT_TEMPLATE} beside {TOKENIZER}",
+            )
+        shown = {
+            **self._special_tokens,
+            "documents": None,
+            **variables,
+            "messages": list(messages),
+            "tools": None if tools is None else list(tools),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            # A template sees copies made of plain values: objects have methods that could do harm.
+            plain = json.loads(json.dumps(shown))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UsageError(
+                "a conversation must be made of JSON values", found=error, allowed="dict, list, str"
+            ) from None
+        return _render(self._templates[name], plain, self._origin)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: object,
+    ) -> list[int]:
+        """Token ids of a conversation. Arguments and errors: as `render_chat`."""
+        text = self.render_chat(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
+        )
+        return self.encode(text, add_special_tokens=False)
+
+    def _named(self, name: str) -> int | None:
+        token = self._special_tokens.get(name)
+        if token is None:
+            return None
+        token_id: int | None = self._tokenizer.token_to_id(token)
+        if token_id is None:
+            raise TokenizerError(
+                f"{self._origin / TOKENIZER_CONFIG} names a {name} that {TOKENIZER} lacks",
+                found=token,
+                hint="take both files from the same model",
+            )
+        return token_id
+
+    def _eos_token_ids(self, generation_config: Mapping[str, Any]) -> tuple[int, ...]:
+        listed = generation_config.get("eos_token_id")
+        ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+        if not all(isinstance(token_id, int) and token_id >= 0 for token_id in ids):
+            raise TokenizerError(
+                f"{self._origin / GENERATION_CONFIG} has an eos_token_id that is no token id",
+                found=listed,
+                allowed="an integer or a list of them",
+            )
+        named = self._named("eos_token")
+        # A dict, not a set: the order is kept.
+        return tuple(dict.fromkeys([*([] if named is None else [named]), *ids]))
+
+
+class StreamDecoder:
+    """Decodes a text token by token: every character comes out with the token that completes it.
+
+    A character may be spread over several tokens; its bytes wait here until it is whole. Bytes that
+    cannot become a character any more come out as U+FFFD at once. What was put out so far is
+    always a prefix of `Tokenizer.decode` of the tokens so far.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._spaces_to_drop = tokenizer.leading_spaces_dropped
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; may be empty."""
+        if token_id in self._skipped:
+            return ""
+        return self._strip_start(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
+
+    def finish(self) -> str:
+        """What is left when no token follows: U+FFFD for half a character, else nothing."""
+        return self._strip_start(self._utf8.decode(b"", final=True))
+
+    def _strip_start(self, text: str) -> str:
+        while text and self._spaces_to_drop:
+            if text[0] != " ":
+                self._spaces_to_drop = 0
+                break
+            text = text[1:]
+            self._spaces_to_drop -= 1
+        return text
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    """How the tokens of a vocabulary are spelt: the `decoder` of tokenizer.json."""
+
+    byte_level: bool
+    byte_fallback: bool
+    replacements: tuple[tuple[str, str], ...]
+    leading_spaces_dropped: int
+
+    @classmethod
+    def read(cls, tokenizer: tokenizers.Tokenizer, origin: Path) -> _Spelling:
+        state = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {}
+        byte_level = byte_fallback = False
+        replacements: list[tuple[str, str]] = []
+        dropped = 0
+        for step in state.get("decoders", [state]):
+            match step:
+                case {"type": "ByteLevel"}:
+                    byte_level = True
+                case {"type": "ByteFallback"}:
+                    byte_fallback = True
+                case {"type": "Fuse"}:
+                    pass
+                case {"type": "Replace", "pattern": {"String": pattern}, "content": content}:
+                    replacements.append((pattern, content))
+                case {"type": "Strip", "content": " ", "start": start, "stop": 0}:
+                    dropped = start
+                case {"type": "Metaspace", "replacement": pattern}:
+                    replacements.append((pattern, " "))
+                    dropped = 0 if step.get("prepend_scheme") == "never" else 1
+                case _:
+                    raise TokenizerError(
+                        f"the decoder in {origin / TOKENIZER} is not supported",
+                        found=json.dumps(step) if step else "no decoder",
+                        allowed="ByteLevel, ByteFallback, Fuse, Replace, Strip, Metaspace",
+                    )
+        return cls(byte_level, byte_fallback, tuple(replacements), dropped)
+
+    def token_bytes(self, token: str) -> bytes:
+        if self.byte_level:
+            table = _byte_level_table()
+            if all(character in table for character in token):
+                return bytes(table[character] for character in token)
+        elif self.byte_fallback and len(token) == 6 and token[:3] == "<0x" and token[5] == ">":
+            try:
+                return bytes.fromhex(token[3:5])
+            except ValueError:
+                pass
+        for pattern, content in self.replacements:
+            token = token.replace(pattern, content)
+        return token.encode("utf-8", errors="replace")
+
+
+@functools.cache
+def _byte_level_table() -> dict[str, int]:
+    """The printable characters in which byte-level BPE spells the 256 bytes (GPT-2, 2019).
+
+    Printable Latin-1 stands for itself; the other bytes, in order, for U+0100 and on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    table.update({chr(0x100 + index): byte for index, byte in enumerate(others)})
+    return table
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}` marks what the assistant said, for training; here it is just its body."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+class _RefusalError(jinja2.TemplateError):
+    """Raised by a template that does not accept the conversation."""
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise _RefusalError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # jinja2's own filter escapes HTML, which would change the prompt.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+@functools.cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
+
+
+def _render(template: str, variables: Mapping[str, Any], origin: Path) -> str:
+    what = f"the chat template of {origin}"
+    try:
+        return _compiled(template).render(**variables)
+    except jinja2.TemplateSyntaxError as error:
+        raise TokenizerError(
+            f"{what} is broken", found=f"line {error.lineno}: {error.message}"
+        ) from None
+    except SecurityError as error:
+        raise TokenizerError(
+            f"{what} does something that its sandbox forbids",
+            found=error,
+            hint="look where the model comes from, or put another template in its place",
+        ) from None
+    except _RefusalError as error:
+        raise TokenizerError(
+            f"{what} does not accept this conversation",
+            found=error.message,
+            hint="look at the order of the roles",
+        ) from None
+    except Exception as error:  # a template can fail in any way Python can
+        raise TokenizerError(
+            f"{what} cannot render this conversation",
+            found=f"{type(error).__name__}: {error}",
+            hint="look at the roles and fields that the template reads",
+        ) from None
+
+
+def _templates(config: Mapping[str, Any], file_text: str | None) -> dict[str, str]:
+    """Templates by name; the usual one is "default". A file wins over the config."""
+    inside = config.get("chat_template")
+    templates: dict[str, str] = {}
+    if isinstance(inside, str):
+        templates["default"] = inside
+    elif isinstance(inside, list):
+        for entry in inside:
+            match entry:
+                case {"name": str(name), "template": str(template)}:
+                    templates[name] = template
+    if file_text is not None:
+        templates["default"] = file_text
+    return templates
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """`bos_token`, `eos_token`, ...: the names that templates use, and their spelling."""
+    named: dict[str, str] = {}
+    for key, value in config.items():
+        if key.endswith("_token"):
+            match value:
+                case str() | {"content": str()}:
+                    named[key] = value if isinstance(value, str) else value["content"]
+    return named
+
+
+def _read_object(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        value = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, error) from None
+    if not isinstance(value, dict):
+        raise _broken(path, f"a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _broken(path, error) from None
+
+
+def _broken(path: Path, error: object) -> TokenizerError:
+    return TokenizerError(f"{path} cannot be read", found=error, hint="copy the file again")

@@ -1,0 +1,103 @@
+"""What an installed mla-deploy offers: names, entry points, one version, the compiled module."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import EntryPoint, entry_points, version
+from pathlib import Path
+
+import pytest
+
+import mla_deploy
+from mla_deploy.runtime import _runtime
+
+ROOT = Path(__file__).parents[2]
+
+# Each feature and the words that Linux has for it in /proc/cpuinfo.
+CPUINFO_WORDS = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx_vnni": {"avx_vnni"},
+    "avx512f": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_vnni": {"avx512_vnni"},
+    "avx512_bf16": {"avx512_bf16"},
+    "amx_int8": {"amx_tile", "amx_int8"},
+    "amx_bf16": {"amx_tile", "amx_bf16"},
+    "neon": {"asimd"},
+    "dotprod": {"asimddp"},
+    "i8mm": {"i8mm"},
+}
+
+
+@pytest.mark.parametrize("room", ["cli", "exporters", "quant", "runtime"])
+def test_each_room_is_imported_under_its_name(room: str) -> None:
+    module = importlib.import_module(f"mla_deploy.{room}")
+    assert module.__doc__
+
+
+def test_package_metadata_and_compiled_module_have_one_version() -> None:
+    assert version("mla-deploy") == mla_deploy.__version__
+    assert _runtime.version() == mla_deploy.__version__
+
+
+def test_the_command_is_installed() -> None:
+    scripts = entry_points(group="console_scripts", name="mla-deploy")
+    assert [script.value for script in scripts] == ["mla_deploy.cli:main"]
+
+
+def test_cache_records_are_found_by_name() -> None:
+    records: dict[str, EntryPoint] = {
+        point.name: point for point in entry_points(group="mla_deploy.cache_records")
+    }
+    assert set(records) >= {"int4", "int8", "fp16", "fp32"}
+    for name, point in records.items():
+        assert point.load().name == name
+
+
+def test_cpu_features_agree_with_the_kernel() -> None:
+    found = _runtime.cpu_features()
+    assert found == [name for name in CPUINFO_WORDS if name in found]
+    if sys.platform != "linux" or platform.machine() not in {"x86_64", "aarch64"}:
+        pytest.skip("no /proc/cpuinfo to compare with")
+    words = set(Path("/proc/cpuinfo").read_text().split())
+    assert found == [name for name, needed in CPUINFO_WORDS.items() if needed <= words]
+
+
+def test_the_runtime_is_imported_without_torch() -> None:
+    code = (
+        "import sys, mla_deploy.runtime, mla_deploy.runtime._runtime\n"
+        "print(*sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == []
+
+
+def test_the_committed_stub_is_the_generated_one() -> None:
+    generated = Path(_runtime.__file__).with_name("_runtime.pyi")
+    committed = ROOT / "runtime" / "_runtime.pyi"
+    assert committed.read_text() == generated.read_text(), f"copy {generated} to {committed}"
+
+
+def test_the_wheel_holds_the_rooms_and_no_sources(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    settings = [f"--config-settings=build-dir={tmp_path}/build", f"--wheel-dir={tmp_path}"]
+    result = subprocess.run([*command, *settings, str(ROOT)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+    (wheel,) = tmp_path.glob("*.whl")
+    assert f"mla_deploy-{mla_deploy.__version__}-cp310-abi3-" in wheel.name
+    files = set(zipfile.ZipFile(wheel).namelist())
+    rooms = {"", "cli/", "exporters/", "quant/", "runtime/"}
+    assert files >= {f"mla_deploy/{room}__init__.py" for room in rooms}
+    assert files >= {"mla_deploy/py.typed", "mla_deploy/runtime/_runtime.pyi"}
+    assert {name.split("/")[0] for name in files} == {
+        "mla_deploy",
+        f"mla_deploy-{mla_deploy.__version__}.dist-info",
+    }
+    suffixes = {Path(name).suffix for name in files if name.startswith("mla_deploy/")}
+    assert suffixes <= {".py", ".pyi", ".typed", ".so"}, "C++ sources belong to the sdist only"
