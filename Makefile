@@ -1,7 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ABSBIN := $(CURDIR)/$(BIN)
 EXTRAS := dev,cpu,hqq,eval
+BUILD_REQUIREMENTS := cmake ninja nanobind nanobind-backend scikit-build-core
 
 # Two stamps: what is installed, and what is compiled, so that an edited C++ file costs seconds.
 PACKAGES := $(VENV)/.packages
@@ -28,8 +30,7 @@ $(PACKAGES): pyproject.toml constraints.txt
 	[ -z "$$missing" ] || { echo "make setup: missing system packages; on Debian and Ubuntu:" \
 	  "apt-get install$$missing" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	# The first line brings the build requirements, which the second uses without isolation.
-	$(BIN)/pip install --quiet -c constraints.txt cmake ninja nanobind nanobind-backend scikit-build-core
+	$(BIN)/pip install --quiet -c constraints.txt $(BUILD_REQUIREMENTS)
 	DISABLE_CUDA=1 $(BIN)/pip install --quiet -c constraints.txt hqq
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
@@ -39,7 +40,7 @@ $(BUILT): $(PACKAGES) runtime/CMakeLists.txt mla_deploy/__init__.py $(CPP)
 	touch $@
 
 demo: setup  ## run the main job on the shipped model
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+	PATH="$(ABSBIN):$$PATH" bash examples/demo.sh
 
 test: setup  ## run the tests
 	$(BIN)/pytest -n 2
@@ -50,17 +51,17 @@ lint: setup types  ## check style, types, the directions of imports, C++ formatt
 	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
 
 # build/typing is a tree of links in the layout of the installed package, which mypy and
-# import-linter need. -S keeps the editable install's import hook out of the latter's way: with it
-# the checkout is analysed instead, where quant/ and the others are not part of mla_deploy.
+# import-linter need. -S leaves out site-packages' .pth files, and with them the hook of the
+# editable install, through which import-linter would find the checkout and not this tree.
 types: setup
 	rm -rf build/typing
 	mkdir -p build/typing
 	cp -rs "$(CURDIR)/mla_deploy" build/typing/
 	cp -rs "$(CURDIR)/exporters" "$(CURDIR)/quant" "$(CURDIR)/runtime" build/typing/mla_deploy/
-	cd build/typing && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
-	  --cache-dir "$(CURDIR)/build/mypy"
-	PYTHONPATH="build/typing:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-	  $(BIN)/python -S $(BIN)/lint-imports --config pyproject.toml --no-cache --no-logo
+	cd build/typing && "$(ABSBIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir ../mypy
+	cd build/typing && PYTHONPATH="$$("$(ABSBIN)/python" -c \
+	  'import sysconfig; print(sysconfig.get_path("purelib"))')" "$(ABSBIN)/python" -S \
+	  "$(ABSBIN)/lint-imports" --config "$(CURDIR)/pyproject.toml" --no-cache --no-logo
 
 bench: setup  ## run the benchmarks and print their figures
 	$(BIN)/python benchmarks/run.py

@@ -1,7 +1,7 @@
 """Bundles: a folder with everything a program needs to run a model, and nothing else.
 
     bundle/
-        manifest.json            this file's `Manifest`, with the size and sha256 of every other file
+        manifest.json      this file's `Manifest`, with the size and sha256 of every other file
         model.onnx, model.onnx.data
         tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json
 
@@ -18,8 +18,8 @@ Graph inputs (B sequences, S new tokens padded on the right, M pages, L logits w
 | `logit_index` | int64 | [B, L], positions in S |
 | `cache.{layer}.{part}` | the part's | [pages, *page_shape] |
 
-and outputs: `logits` float32 [B, L, vocab_size], `present.{layer}.{part}` as the inputs, meant to be
-bound to the same memory.
+and outputs: `logits` float32 [B, L, vocab_size], `present.{layer}.{part}` as the inputs, meant to
+be bound to the same memory.
 
 May be imported by the runtime: needs neither torch nor onnx.
 """
@@ -28,11 +28,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mla_deploy.errors import BundleError
 
@@ -62,6 +63,8 @@ class FileEntry(_Strict):
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.name:
             raise ValueError(f"the path {path!r} leaves the bundle")
+        if not path.isprintable():
+            raise ValueError(f"the path {path!r} holds characters that no file name needs")
         return path
 
 
@@ -79,12 +82,28 @@ class CachePartInfo(_Strict):
             raise ValueError(f"page shape {shape} is out of range")
         return shape
 
+    @model_validator(mode="after")
+    def _whole_tokens(self) -> CachePartInfo:
+        size = _page_bytes(self)
+        if size % 64 or size > MAX_PAGE_BYTES:
+            raise ValueError(
+                f"a page of {size} bytes is not 64 tokens of at most {MAX_PAGE_BYTES // 64} bytes"
+            )
+        return self
+
 
 class LayerCache(_Strict):
     """The cache of one layer."""
 
     format: str
     parts: list[CachePartInfo] = Field(min_length=1)
+
+    @field_validator("parts")
+    @classmethod
+    def _distinct(cls, parts: list[CachePartInfo]) -> list[CachePartInfo]:
+        if len({part.name for part in parts}) != len(parts):
+            raise ValueError("two parts have the same name")
+        return parts
 
 
 class CacheInfo(_Strict):
@@ -99,7 +118,7 @@ class ModelInfo(_Strict):
 
     model_type: str
     parameters: int
-    vocab_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0, le=1 << 24)
     hidden_size: int = Field(gt=0)
     num_hidden_layers: int = Field(gt=0)
     num_attention_heads: int = Field(gt=0)
@@ -133,6 +152,15 @@ class Manifest(_Strict):
     cache: CacheInfo
     recipe: dict[str, Any]
     files: list[FileEntry]
+
+    @model_validator(mode="after")
+    def _one_cache_per_layer(self) -> Manifest:
+        if len(self.cache.layers) != self.model.num_hidden_layers:
+            raise ValueError(
+                f"{len(self.cache.layers)} layers of cache for a model of "
+                f"{self.model.num_hidden_layers} layers"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -184,17 +212,20 @@ class Bundle:
     def kv_bytes_per_token(self) -> int:
         """Bytes of cache for one token in all layers, scales and zeros included."""
         return sum(
-            part_bytes_per_token(part) for layer in self.manifest.cache.layers for part in layer.parts
+            part_bytes_per_token(part)
+            for layer in self.manifest.cache.layers
+            for part in layer.parts
         )
 
 
 def part_bytes_per_token(part: CachePartInfo) -> int:
     """Bytes of one token in one part."""
-    values = 1
-    for extent in part.page_shape:
-        values *= extent
+    return _page_bytes(part) // 64
+
+
+def _page_bytes(part: CachePartInfo) -> int:
     width = {"uint8": 1, "int8": 1, "float16": 2, "float32": 4}[part.dtype]
-    return values * width // 64
+    return math.prod(part.page_shape) * width
 
 
 def describe_file(folder: Path, name: str) -> FileEntry:
@@ -220,15 +251,17 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         raise BundleError(
             f"{folder} is not a bundle",
             found=f"no {MANIFEST}",
             hint="make one with `mla-deploy export MODEL -o BUNDLE`",
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        )
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ValueError(f"more than {MAX_MANIFEST_BYTES} bytes")
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8, long integers
         raise BundleError(f"{path} cannot be read", found=error, hint="export again") from None
     if not isinstance(raw, dict) or raw.get("format") != "mla-deploy-bundle":
         raise BundleError(f"{path} is not the manifest of a bundle", hint="export again")
@@ -252,8 +285,14 @@ def _read_manifest(folder: Path) -> Manifest:
 
 def _check_file(folder: Path, entry: FileEntry, verify: bool) -> None:
     path = folder / entry.path
-    if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"{path} is a link that leaves the bundle", hint="copy the file instead")
+    try:
+        is_inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a loop of links
+        is_inside = False
+    if not is_inside:
+        raise BundleError(
+            f"{path} leaves the bundle through a symbolic link", hint="copy the file instead"
+        )
     if not path.is_file():
         raise BundleError(f"{path} is missing", hint="copy the bundle whole, or export again")
     size = path.stat().st_size

@@ -85,8 +85,9 @@ def _nearest_code(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> t
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     """Shapes: [T, rank] whole numbers 0 to 15, to [T, rank / 2] uint8 in the record's order."""
     tokens, rank = codes.shape
-    pairs = codes.to(torch.uint8).reshape(tokens, rank // 8, 2, 4)
-    return (pairs[:, :, 0] + pairs[:, :, 1] * 16).reshape(tokens, rank // 2)
+    pairs = codes.reshape(tokens, rank // 8, 2, 4)
+    packed = pairs[:, :, 0] + pairs[:, :, 1] * 16
+    return packed.to(torch.uint8).reshape(tokens, rank // 2)
 
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:

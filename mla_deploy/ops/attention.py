@@ -64,19 +64,22 @@ def latent_attention(
         output [B, S, H * V] and the cache with the new tokens in it. Rows of padded tokens hold
         finite values without a meaning.
     """
-    attend = {"absorbed": attend_absorbed, "expanded": attend_expanded, "auto": attend_absorbed}
-    if mode not in attend:
-        raise UsageError("unknown attention mode", found=mode, allowed=", ".join(attend))
-    record = cache_record(cache_format)
-    rank = w_uk.shape[2]
-    c_kv, k_pe = new_latents(kv, cos, sin, rank, latent_norm_epsilon)
-    cache = append(c_kv, k_pe, block_table, past_lengths, new_lengths, cache, record)
-    c_kv, k_pe = read(block_table, cache, record, rank, kv.shape[2] - rank, q.dtype)
-    q_nope, q_pe = new_queries(q, cos, sin, w_uk.shape[0], w_uk.shape[1])
-    output = attend[mode](
-        q_nope, q_pe, c_kv, k_pe, w_uk.to(q.dtype), w_uv.to(q.dtype), past_lengths, softmax_scale
+    return reference(
+        q,
+        kv,
+        cos,
+        sin,
+        w_uk,
+        w_uv,
+        block_table,
+        past_lengths,
+        new_lengths,
+        cache,
+        cache_format,
+        softmax_scale,
+        latent_norm_epsilon,
+        mode,
     )
-    return output, cache
 
 
 @latent_attention.register_fake
@@ -99,6 +102,38 @@ def _(
     heads, _, v_head_dim = w_uv.shape
     output = q.new_empty((q.shape[0], q.shape[1], heads * v_head_dim))
     return output, [torch.empty_like(part) for part in cache]
+
+
+def reference(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    block_table: torch.Tensor,
+    past_lengths: torch.Tensor,
+    new_lengths: torch.Tensor,
+    cache: Sequence[torch.Tensor],
+    cache_format: str,
+    softmax_scale: float,
+    latent_norm_epsilon: float,
+    mode: str,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """`latent_attention` in plain torch; exporters trace it for targets without a kernel."""
+    attend = {"absorbed": attend_absorbed, "expanded": attend_expanded, "auto": attend_absorbed}
+    if mode not in attend:
+        raise UsageError("unknown attention mode", found=mode, allowed=", ".join(attend))
+    record = cache_record(cache_format)
+    rank = w_uk.shape[2]
+    c_kv, k_pe = new_latents(kv, cos, sin, rank, latent_norm_epsilon)
+    new_cache = append(c_kv, k_pe, block_table, past_lengths, new_lengths, cache, record)
+    c_kv, k_pe = read(block_table, new_cache, record, rank, kv.shape[2] - rank, q.dtype)
+    q_nope, q_pe = new_queries(q, cos, sin, w_uk.shape[0], w_uk.shape[1])
+    output = attend[mode](
+        q_nope, q_pe, c_kv, k_pe, w_uk.to(q.dtype), w_uv.to(q.dtype), past_lengths, softmax_scale
+    )
+    return output, new_cache
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

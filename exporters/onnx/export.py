@@ -1,0 +1,147 @@
+"""`export_onnx`: from a checkpoint to a bundle."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from mla_deploy import __version__
+from mla_deploy.bundle import (
+    FORMAT_VERSION,
+    CacheInfo,
+    CachePartInfo,
+    GraphInfo,
+    LayerCache,
+    Manifest,
+    ModelInfo,
+    describe_file,
+    write_manifest,
+)
+from mla_deploy.cache import PAGE_TOKENS, cache_record
+from mla_deploy.checkpoint import Checkpoint
+from mla_deploy.config import MlaConfig
+from mla_deploy.errors import TokenizerError
+from mla_deploy.exporters.onnx import ort
+from mla_deploy.exporters.onnx.attention_function import OPSET
+from mla_deploy.exporters.onnx.graph import build_graph
+from mla_deploy.exporters.onnx.weights import Progress, write_external_data
+from mla_deploy.model import count_parameters
+from mla_deploy.output import new_folder
+
+GRAPH_FILE = "model.onnx"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export made."""
+
+    bundle: Path
+    bytes: int
+    seconds: float
+    nodes: int
+    kv_bytes_per_token: int
+
+
+def export_onnx(
+    source: Path, out: Path, *, force: bool = False, progress: Progress | None = None
+) -> ExportReport:
+    """Write the bundle of a checkpoint for ONNX Runtime.
+
+    Raises:
+        ConfigError, CheckpointError, TokenizerError: the source is not whole or not supported.
+        OutputError: `out` exists, or cannot be written.
+    """
+    start = time.monotonic()
+    checkpoint = Checkpoint(source)
+    config = checkpoint.config
+    require_tokenizer(source)
+    with new_folder(out, force=force) as folder:
+        graph = build_graph(config, checkpoint)
+        data = folder / f"{GRAPH_FILE}.data"
+        weights = write_external_data(
+            list(graph.builder.initializers.values()), data, checkpoint.read, progress
+        )
+        for name, tensor in weights.items():
+            graph.builder.initializer_value(name).const_value = tensor
+        _save(graph.model, folder / GRAPH_FILE)
+        names = [GRAPH_FILE, data.name, *copy_tokenizer(source, folder)]
+        manifest = Manifest(
+            version=FORMAT_VERSION,
+            producer=f"mla-deploy {__version__}",
+            model=model_info(config),
+            graph=GraphInfo(path=GRAPH_FILE, backend="onnx", lowering=ort.NAME, opset=OPSET),
+            cache=cache_info(config),
+            recipe=config.recipe.to_json(),
+            files=[describe_file(folder, name) for name in names],
+        )
+        write_manifest(folder, manifest)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+    record = cache_record(config.recipe.cache_format)
+    per_layer = record.bytes_per_token(config.kv_lora_rank, config.qk_rope_head_dim)
+    return ExportReport(
+        bundle=out,
+        bytes=size,
+        seconds=time.monotonic() - start,
+        nodes=len(graph.builder.nodes),
+        kv_bytes_per_token=per_layer * config.num_hidden_layers,
+    )
+
+
+def require_tokenizer(source: Path) -> None:
+    """Raise TokenizerError unless the folder has a tokenizer.json."""
+    if not (source / "tokenizer.json").is_file():
+        raise TokenizerError(
+            f"{source} has no tokenizer.json",
+            allowed="a tokenizer in Hugging Face's fast format",
+            hint="save it with `AutoTokenizer.from_pretrained(...).save_pretrained(...)`",
+        )
+
+
+def copy_tokenizer(source: Path, folder: Path) -> list[str]:
+    """Copy tokenizer, chat template and generation config; gives the names that were there."""
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for name in names:
+        shutil.copyfile(source / name, folder / name)
+    return names
+
+
+def model_info(config: MlaConfig) -> ModelInfo:
+    """The manifest's part on the model."""
+    same = {name: getattr(config, name) for name in ModelInfo.model_fields if hasattr(config, name)}
+    same["eos_token_ids"] = list(config.eos_token_ids)
+    return ModelInfo(parameters=count_parameters(config), **same)
+
+
+def cache_info(config: MlaConfig) -> CacheInfo:
+    """The manifest's part on the cache."""
+    name = config.recipe.cache_format
+    parts = [
+        CachePartInfo(
+            name=part.name,
+            dtype=str(part.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            page_shape=list(part.page_shape),
+        )
+        for part in cache_record(name).parts(config.kv_lora_rank, config.qk_rope_head_dim)
+    ]
+    layers = [LayerCache(format=name, parts=parts) for _ in range(config.num_hidden_layers)]
+    return CacheInfo(page_tokens=PAGE_TOKENS, layers=layers)
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    """Write the graph and have onnx check the file."""
+    onnx.save(ir.to_proto(model), path)
+    onnx.checker.check_model(path)
+
+

@@ -1,0 +1,149 @@
+"""From a text file to the windows that are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mla_deploy.errors import UsageError
+from mla_deploy.tokenizer import Tokenizer
+
+DEFAULT_WINDOW = 512
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text as tokens.
+
+    Attributes:
+        start: what the tokenizer puts before every text, usually nothing or one token.
+        ids: the text itself.
+        token_bytes: bytes of text that each token stands for.
+    """
+
+    start: tuple[int, ...]
+    ids: tuple[int, ...]
+    token_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of the text that is scored in one go.
+
+    Attributes:
+        ids: the tokens the model sees, the start included.
+        first: position in `ids` of the first token that is scored; all after it are too.
+        offset: position in the text of that token.
+    """
+
+    ids: tuple[int, ...]
+    first: int
+    offset: int
+
+
+def read_text(path: Path | str) -> str:
+    """A UTF-8 text file, line ends as they are.
+
+    Raises:
+        UsageError: not there, not a file, empty, or not UTF-8.
+    """
+    file = Path(path)
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"the text {file} cannot be read", found=error.strerror, hint="name a UTF-8 text file"
+        ) from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the text {file} is not UTF-8",
+            found=f"byte 0x{raw[error.start]:02x} at offset {error.start}",
+            hint=f"convert it first: iconv -f LATIN1 -t UTF-8 {file}",
+        ) from None
+    if not text.strip():
+        raise UsageError(f"the text {file} is empty", found=f"{len(raw)} bytes")
+    return text
+
+
+def encode_text(tokenizer: Tokenizer, text: str, max_tokens: int | None = None) -> Corpus:
+    """The text as tokens, at most the first `max_tokens`.
+
+    Raises:
+        UsageError: fewer than two tokens: there is nothing to predict.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)[:max_tokens]
+    if len(ids) < 2:
+        raise UsageError(
+            "the text is too short to be scored",
+            found=f"{len(ids)} tokens",
+            allowed="2 tokens or more",
+        )
+    lengths = (len(tokenizer.token_bytes(token_id)) for token_id in ids)
+    return Corpus(_start_tokens(tokenizer), tuple(ids), tuple(lengths))
+
+
+def _start_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What the tokenizer puts before a text; what it may put behind one is of no interest here."""
+    bare = tokenizer.encode("a", add_special_tokens=False)
+    whole = tokenizer.encode("a")
+    before = next(
+        (place for place in range(len(whole)) if whole[place : place + len(bare)] == bare), 0
+    )
+    return tuple(whole[:before])
+
+
+def windows(corpus: Corpus, window: int, stride: int) -> Iterator[Window]:
+    """The sliding windows over a text.
+
+    Window k starts at token k * stride of the text and is `window` tokens long, the start included.
+    A token is scored in the first window that holds it with at least one token before it, so with
+    `stride < window` every token but the first of the text is scored once, and from the second
+    window on with at least `window - stride` tokens before it; with `stride = window` the first of
+    each window has nothing before it and is not scored, unless the tokenizer gives it a start.
+    """
+    start = corpus.start
+    room = window - len(start)
+    scored = 0
+    for begin in range(0, len(corpus.ids), stride):
+        end = min(begin + room, len(corpus.ids))
+        first = max(scored, begin + (0 if start else 1))
+        if first < end:
+            yield Window((*start, *corpus.ids[begin:end]), first - begin + len(start), first)
+        scored = end
+        if end == len(corpus.ids):
+            return
+
+
+def check_window(
+    window: int | None, stride: int | None, contexts: Sequence[int], start: int
+) -> tuple[int, int]:
+    """The window and stride to use; without a wish, `min(512, context)` and the whole window.
+
+    Args:
+        contexts: the longest windows of the models that take part.
+        start: tokens that the tokenizer puts before each window.
+
+    Raises:
+        UsageError: out of range.
+    """
+    longest = min(contexts)
+    chosen = min(DEFAULT_WINDOW, longest) if window is None else window
+    if not 2 + start <= chosen <= longest:
+        raise UsageError(
+            "the window is out of range",
+            found=f"{chosen} tokens",
+            allowed=f"{2 + start} to {longest}, the model's context",
+            hint="give another --window",
+        )
+    step = chosen - start if stride is None else stride
+    if not 1 <= step <= chosen - start:
+        raise UsageError(
+            "the stride is out of range: tokens would be left out",
+            found=f"{step} tokens",
+            allowed=f"1 to {chosen - start}",
+            hint="give another --stride",
+        )
+    return chosen, step

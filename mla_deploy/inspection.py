@@ -1,0 +1,193 @@
+"""What a model is and what it costs, before anything is loaded: `inspect_model`.
+
+Works on a config.json alone, on a checkpoint, and on a bundle; the last needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mla_deploy.bundle import MANIFEST, Bundle, FileEntry, ModelInfo
+from mla_deploy.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mla_deploy.config import MlaConfig, MoeConfig
+    from mla_deploy.recipe import Recipe
+
+PAGE_TOKENS = 64
+"""A cache grows by pages; `mla_deploy.cache` has the same number and needs torch."""
+FLOAT16 = "fp16"
+
+
+@dataclass(frozen=True)
+class CacheCost:
+    """What one token costs in one cache format, scales and zeros included."""
+
+    format: str
+    bytes_per_token_per_layer: float | None
+    """None: the format cannot hold a latent of this size. The mean where layers differ."""
+    bytes_per_token: int | None
+
+
+@dataclass(frozen=True)
+class WeightCost:
+    """What the weights cost in one format."""
+
+    format: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The answer of `inspect_model`."""
+
+    path: Path
+    kind: str
+    """`config`, `checkpoint` or `bundle`."""
+    model: ModelInfo
+    caches: tuple[CacheCost, ...]
+    weights: tuple[WeightCost, ...]
+    recipe: Mapping[str, Any]
+    moe: MoeConfig | None = None
+    """Not known for a bundle."""
+    files: tuple[FileEntry, ...] = ()
+    """Of a bundle."""
+    stored_as: str | None = None
+    """The cache format of a quantised checkpoint or a bundle."""
+    verified: bool = False
+    source_quantization: str | None = None
+    """Who quantised the weights, which then cannot be used as they are."""
+
+    @property
+    def mha_bytes_per_token_per_layer(self) -> int:
+        """What plain attention with the same heads would cache in float16: a key and a value each."""
+        model = self.model
+        width = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
+        return 2 * model.num_attention_heads * width
+
+    def times_smaller(self, cache: CacheCost) -> float | None:
+        """How often the cache fits into the one of plain attention."""
+        each = cache.bytes_per_token_per_layer
+        return None if each is None else self.mha_bytes_per_token_per_layer / each
+
+
+def inspect_model(
+    path: Path | str, recipes: Mapping[str, Recipe] | None = None, *, verify: bool = False
+) -> Inspection:
+    """Look at a checkpoint's folder, a config.json, or a bundle.
+
+    Args:
+        path: one of the three.
+        recipes: quantised weight formats, by name, whose bytes are wanted.
+        verify: hash all files of a bundle, however large; compare the tensors of a checkpoint with
+            what the config asks for.
+
+    Raises:
+        ConfigError: the config cannot be used.
+        CheckpointError: the weights are not whole (only looked at with `verify`).
+        BundleError: the bundle is not whole.
+    """
+    source = Path(path)
+    if source.name == MANIFEST and source.is_file():
+        source = source.parent
+    if (source / MANIFEST).exists():
+        return _inspect_bundle(source, verify)
+    return _inspect_config(source, recipes or {}, verify)
+
+
+def context_that_fits(memory_bytes: int, weight_bytes: int, kv_bytes_per_token: int) -> int:
+    """Tokens whose cache fits beside the weights, in whole pages; 0 if not even the weights do."""
+    tokens = (memory_bytes - weight_bytes) // kv_bytes_per_token
+    return max(0, tokens // PAGE_TOKENS * PAGE_TOKENS)
+
+
+def stored_bytes(config: MlaConfig, recipe: Recipe) -> int:
+    """Bytes of all parameters of a model that was quantised by that recipe."""
+    from dataclasses import replace
+
+    from mla_deploy.model import build
+
+    model = build(replace(config, recipe=recipe))
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _inspect_config(source: Path, recipes: Mapping[str, Recipe], verify: bool) -> Inspection:
+    from mla_deploy.cache import cache_formats, cache_record
+    from mla_deploy.checkpoint import Checkpoint
+    from mla_deploy.config import load_config
+    from mla_deploy.model import build, count_parameters
+    from mla_deploy.modules.base import checkpoint_shapes
+
+    config = load_config(source)
+    if verify:
+        folder = source if source.is_dir() else source.parent
+        Checkpoint(folder).check(checkpoint_shapes(build(config)))
+    parameters = count_parameters(config)
+    caches = []
+    for name in cache_formats():
+        try:
+            each = cache_record(name).bytes_per_token(config.kv_lora_rank, config.qk_rope_head_dim)
+        except ConfigError:
+            caches.append(CacheCost(name, None, None))
+        else:
+            caches.append(CacheCost(name, each, each * config.num_hidden_layers))
+    weights = [WeightCost(name, stored_bytes(config, one)) for name, one in recipes.items()]
+    weights.append(WeightCost(FLOAT16, 2 * parameters))
+    recipe = config.recipe
+    is_quantised = any((recipe.linear, recipe.experts, recipe.embedding, recipe.lm_head))
+    return Inspection(
+        path=source,
+        kind="checkpoint" if source.is_dir() else "config",
+        model=_model_info(config, parameters),
+        caches=tuple(sorted(caches, key=lambda cost: cost.bytes_per_token or 0)),
+        weights=tuple(weights),
+        recipe=recipe.to_json(),
+        moe=config.moe,
+        stored_as=recipe.cache_format if is_quantised or recipe.cache_format != "fp32" else None,
+        verified=verify,
+        source_quantization=config.source_quantization,
+    )
+
+
+def _inspect_bundle(folder: Path, verify: bool) -> Inspection:
+    bundle = Bundle.open(folder, verify=verify)
+    manifest = bundle.manifest
+    layers = manifest.cache.layers
+    name = "+".join(sorted({layer.format for layer in layers}))
+    total = bundle.kv_bytes_per_token
+    each = total / len(layers)
+    graph = manifest.graph.path
+    weights = sum(entry.bytes for entry in manifest.files if entry.path.startswith(graph))
+    return Inspection(
+        path=folder,
+        kind="bundle",
+        model=manifest.model,
+        caches=(CacheCost(name, int(each) if each == int(each) else each, total),),
+        weights=(WeightCost("bundle", weights),),
+        recipe=manifest.recipe,
+        files=tuple(manifest.files),
+        stored_as=name,
+        verified=verify,
+    )
+
+
+def _model_info(config: MlaConfig, parameters: int) -> ModelInfo:
+    return ModelInfo(
+        model_type=config.model_type,
+        parameters=parameters,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        q_lora_rank=config.q_lora_rank,
+        kv_lora_rank=config.kv_lora_rank,
+        qk_nope_head_dim=config.qk_nope_head_dim,
+        qk_rope_head_dim=config.qk_rope_head_dim,
+        v_head_dim=config.v_head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        bos_token_id=config.bos_token_id,
+        eos_token_ids=list(config.eos_token_ids),
+    )
