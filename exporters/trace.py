@@ -41,14 +41,8 @@ class Trace:
     """Values of buffers and constants, by placeholder."""
 
 
-def on_meta(make: Callable[[], Any]) -> Any:
-    """Build something without storage."""
-    with torch.device("meta"):
-        return make()
-
-
 def trace(module: nn.Module, specs: Sequence[Spec]) -> Trace:
-    """Trace a module whose parameters are on the meta device."""
+    """Trace a module; it is left on the meta device, without storage."""
     dims: dict[str, Any] = {}
     arguments = [_map(spec, _example) for spec in specs]
     shapes = [_map(spec, lambda one: _dynamic_axes(one, dims)) for spec in specs]

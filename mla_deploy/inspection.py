@@ -73,6 +73,19 @@ class Inspection:
         each = cache.bytes_per_token_per_layer
         return None if each is None else self.mha_bytes_per_token_per_layer / each
 
+    def contexts(self, memory_bytes: int) -> dict[str, dict[str, int]]:
+        """The tokens of context that fit into so much memory, by cache and by weight format."""
+        return {
+            cache.format: {
+                weights.format: context_that_fits(
+                    memory_bytes, weights.bytes, cache.bytes_per_token
+                )
+                for weights in self.weights
+            }
+            for cache in self.caches
+            if cache.bytes_per_token is not None
+        }
+
 
 def inspect_model(
     path: Path | str, recipes: Mapping[str, Recipe] | None = None, *, verify: bool = False

@@ -21,8 +21,9 @@ from typing import Any, NoReturn
 
 import jinja2
 import tokenizers
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.errors import TokenizerError, UsageError
@@ -348,7 +349,7 @@ def _byte_level_table() -> dict[str, int]:
 class _GenerationBlock(Extension):
     """`{% generation %}` marks what the assistant said, for training; here it is just its body."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 (declared so by the base class)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno

@@ -53,7 +53,11 @@ class PageArena:
                 for layer, layer_cache in enumerate(cache.layers)
                 for part in layer_cache.parts
             }
-        except (MemoryError, ValueError, OverflowError):  # ValueError: larger than the address space
+        except (
+            MemoryError,
+            ValueError,
+            OverflowError,
+        ):  # ValueError: larger than the address space
             raise UsageError(
                 "there is not enough memory for the cache",
                 found=f"{max_tokens} tokens",
@@ -100,13 +104,17 @@ class PageArena:
         """`give_back` for finalisers, which run at any time in any thread: put off to `take`."""
         self._abandoned.extend(pages)
 
+    def is_shared(self, page: int) -> bool:
+        """Whether the page has more than one user."""
+        return self._users[page] > 1
+
     def writable(self, page: int) -> int:
         """The page itself, or a copy of it if others use it too.
 
         Raises:
             ArenaFullError: there is no page for the copy.
         """
-        if self._users[page] == 1:
+        if not self.is_shared(page):
             return page
         (copy,) = self.take(1)
         for array in self.arrays.values():
@@ -169,14 +177,15 @@ class PageTable:
         """Bytes of the pages, those shared with other sequences included."""
         return len(self.pages) * self._arena.page_bytes
 
-    @property
-    def room(self) -> int:
-        """Tokens that fit into the free pages."""
-        return self._arena.free_pages * self._arena.page_tokens
-
-    def slack(self, length: int) -> int:
-        """Tokens that fit into the last page after `length`."""
-        return len(self.pages) * self._arena.page_tokens - length
+    def room(self, length: int) -> int:
+        """Tokens that `reserve` finds room for after the first `length`."""
+        slack = len(self.pages) * self._arena.page_tokens - length
+        free = self._arena.free_pages
+        if slack and self._arena.is_shared(self.pages[-1]):
+            if not free:
+                return 0
+            free -= 1  # for the copy
+        return slack + free * self._arena.page_tokens
 
     def _pages_for(self, length: int) -> int:
         return -(-length // self._arena.page_tokens)

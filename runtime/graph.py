@@ -86,9 +86,7 @@ class DecoderGraph:
         for name in FEEDS:
             self._binding.bind_cpu_input(name, feeds[name])
         logits = np.empty((*feeds["logit_index"].shape, self._vocab_size), dtype=np.float32)
-        self._binding.bind_ortvalue_output(
-            "logits", self._ort.OrtValue.ortvalue_from_numpy(logits)
-        )
+        self._binding.bind_ortvalue_output("logits", self._ort.OrtValue.ortvalue_from_numpy(logits))
         self._session.run_with_iobinding(self._binding)
         return logits
 
@@ -99,7 +97,13 @@ def _output_of(cache_name: str) -> str:
 
 def _check_signature(bundle: Bundle, session: Any) -> None:
     """Whether inputs and outputs are those of `mla_deploy.bundle` and of the manifest."""
-    batch = {"input_ids": 2, "past_lengths": 1, "new_lengths": 1, "block_table": 2, "logit_index": 2}
+    batch = {
+        "input_ids": 2,
+        "past_lengths": 1,
+        "new_lengths": 1,
+        "block_table": 2,
+        "logit_index": 2,
+    }
     inputs: dict[str, tuple[str, list[int | None]]] = {
         name: ("int64", [None] * rank) for name, rank in batch.items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 import torch
+from onnx_ir.convenience import convert_attributes
 
 from mla_deploy.sources import Read
 
@@ -38,7 +40,7 @@ class Initializer:
     @property
     def nbytes(self) -> int:
         """Size of its data in the external file."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * int(self.dtype.itemsize)
 
 
 class GraphBuilder:
@@ -74,7 +76,7 @@ class GraphBuilder:
             domain,
             op_type,
             inputs,
-            [ir.convert_attribute(key, value) for key, value in attributes.items()],
+            convert_attributes(attributes),
             overload=overload,
             num_outputs=outputs,
             name=name,

@@ -20,7 +20,7 @@ from mla_deploy.exporters.onnx.attention_function import (
 )
 from mla_deploy.exporters.onnx.builder import DTYPES, GraphBuilder
 from mla_deploy.exporters.onnx.translate import Table, Weight, translate
-from mla_deploy.exporters.trace import TensorSpec, Trace, on_meta, trace
+from mla_deploy.exporters.trace import TensorSpec, Trace, trace
 from mla_deploy.families import family_of
 from mla_deploy.modules.base import parameter_sources
 from mla_deploy.modules.decoder import DecoderLayer, Epilogue, Prologue
@@ -65,7 +65,7 @@ def build_graph(config: MlaConfig, checkpoint: Checkpoint) -> DecoderGraph:
     inputs = list(values.values())
     presents: list[ir.Value] = []
 
-    prologue = on_meta(lambda: Prologue(config))
+    prologue = Prologue(config)
     specs = [TensorSpec("input_ids", ("B", "S"), int64), TensorSpec("past_lengths", ("B",), int64)]
     x, cos, sin = _emit(
         trace(prologue, specs), prologue, builder, table, values, "model", checkpoint
@@ -74,7 +74,7 @@ def build_graph(config: MlaConfig, checkpoint: Checkpoint) -> DecoderGraph:
 
     traces: dict[tuple[object, ...], Trace] = {}
     for index in range(config.num_hidden_layers):
-        layer = on_meta(lambda index=index: family.layer(config, index))
+        layer = family.layer(config, index)
         kind = _kind(layer)
         if kind not in traces:
             traces[kind] = trace(layer, _layer_specs(layer, hidden, config, parts))
@@ -92,7 +92,7 @@ def build_graph(config: MlaConfig, checkpoint: Checkpoint) -> DecoderGraph:
         values |= {"x": x, "residual": residual}
         presents += _name_outputs(present, index, parts)
 
-    epilogue = on_meta(lambda: Epilogue(config))
+    epilogue = Epilogue(config)
     specs = [
         TensorSpec("x", ("B", "S", hidden)),
         TensorSpec("residual", ("B", "S", hidden)),

@@ -30,17 +30,22 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
-def billions(number: int) -> str:
-    """A number of parameters, to three digits: `15.7 B`, `5.23 M`."""
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return str(number)
+def parameters(number: int) -> str:
+    """A number of parameters: `15.7 B`, `5.24 M`."""
+    return _three_digits(number, (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)), "")
 
 
 def size(number: float) -> str:
     """Bytes in decimal units: `9.31 GB`."""
-    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+    return _three_digits(
+        number, (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)), " B"
+    )
+
+
+def _three_digits(number: float, units: Sequence[tuple[str, int]], plain: str) -> str:
+    for unit, factor in units:
         if number >= factor:
-            return f"{number / factor:.3g} {unit}"
-    return f"{number:.0f} B"
+            value = number / factor
+            digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+            return f"{value:.{digits}f} {unit}"
+    return f"{number:.0f}{plain}"

@@ -1,0 +1,58 @@
+"""Types of options that several commands share."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+
+UNITS = {
+    "": 1, "B": 1,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
+}  # fmt: skip
+
+# Not click's own checks for existence: our errors say what to do next.
+PATH = click.Path(path_type=Path)
+
+
+class MemorySize(click.ParamType[int]):
+    """`8GB`, `7.4 GiB`, or a number of bytes."""
+
+    name = "size"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(value).strip().lower())
+        if match is None or match[2].upper() not in UNITS:
+            self.fail(f"{value!r} is not a size such as 8GB, 7.4GiB or 500MB", param, ctx)
+        return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+class Depths(click.ParamType[tuple[int, ...]]):
+    """`0,512,2048`: numbers of tokens, each once, in order."""
+
+    name = "tokens"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if not all(re.fullmatch(r"\s*\d+\s*", part) for part in parts):
+            self.fail(f"{value!r} is not a list of depths such as 0,512,2048", param, ctx)
+        return tuple(sorted({int(part) for part in parts}))
+
+
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads that compute. Default: one a core."
+)
+output_option = click.option("-o", "--output", type=PATH, required=True, help="Folder to write.")
+force_option = click.option(
+    "--force", is_flag=True, help="Replace the output folder if it is there already."
+)
