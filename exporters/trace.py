@@ -46,7 +46,7 @@ def trace(module: nn.Module, specs: Sequence[Spec]) -> Trace:
     dims: dict[str, Any] = {}
     arguments = [_map(spec, _example) for spec in specs]
     shapes = [_map(spec, lambda one: _dynamic_axes(one, dims)) for spec in specs]
-    buffers = {name: value for name, value in module.named_buffers()}
+    buffers = dict(module.named_buffers())
     with torch.device("meta"):
         program = export(
             module.to("meta"), tuple(arguments), dynamic_shapes=tuple(shapes), strict=False

@@ -6,27 +6,37 @@ Nothing here ever holds more than a few tensors: reading opens a file anew after
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from mla_deploy.config import MlaConfig, load_config, read_json_object
-from mla_deploy.errors import CheckpointError
+from mla_deploy.errors import CheckpointError, OutputError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _REOPEN_BYTES = 256 << 20
 _SHARD_BYTES = 256 << 20
 _MAX_HEADER_BYTES = 100 << 20
+_CHECK_VALUES = 1 << 20
 _FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
 _BYTE_TYPES = {"U8"}
+_TYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class Checkpoint:
         """
         info = self.info(name, shape)
         tensor: torch.Tensor = self._file_of(info).get_tensor(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not _is_finite(tensor):
             raise CheckpointError(
                 f"{info.file}: the tensor {name} holds values that are not finite",
                 found=f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()}",
@@ -129,7 +139,11 @@ class ShardWriter:
     """Writes tensors into numbered safetensors files of about `_SHARD_BYTES`, and their index.
 
     A shard appears under its name only when it is whole. Shards that an earlier, interrupted run
-    left behind are kept: `is_done` says which tensors need no work.
+    left behind are kept: `is_done` says which tensors need no work. The same tensors in the same
+    order give the same files, however often the work was interrupted.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -138,11 +152,18 @@ class ShardWriter:
         self._pending_bytes = 0
         self._weight_map: dict[str, str] = {}
         self._total_bytes = 0
+        for leftover in folder.glob(".model-*.tmp"):
+            leftover.unlink()
         for file in sorted(folder.glob("model-*.safetensors")):
             for name, info in _read_header(file).items():
                 self._weight_map[name] = file.name
                 self._total_bytes += info.bytes
         self._shards = len(set(self._weight_map.values()))
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes of the tensors in finished shards."""
+        return self._total_bytes
 
     def is_done(self, name: str) -> bool:
         """Whether the tensor is in a finished shard."""
@@ -150,8 +171,14 @@ class ShardWriter:
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Take a tensor; writes a shard when enough have come together."""
-        self._pending[name] = tensor.contiguous()
-        self._pending_bytes += tensor.nbytes
+        self.add_all({name: tensor})
+
+    def add_all(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take tensors that belong together: they land in the same shard, so either all are done
+        or none is."""
+        for name, tensor in tensors.items():
+            self._pending[name] = tensor.contiguous()
+            self._pending_bytes += tensor.nbytes
         if self._pending_bytes >= _SHARD_BYTES:
             self._flush()
 
@@ -162,7 +189,9 @@ class ShardWriter:
             "metadata": {"total_size": self._total_bytes},
             "weight_map": dict(sorted(self._weight_map.items())),
         }
-        (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        with writing(self._folder):
+            text = json.dumps(index, indent=1) + "\n"
+            (self._folder / INDEX_FILE).write_text(text, encoding="utf-8")
 
     def _flush(self) -> None:
         if not self._pending:
@@ -170,12 +199,56 @@ class ShardWriter:
         self._shards += 1
         name = f"model-{self._shards:05d}.safetensors"
         temporary = self._folder / f".{name}.tmp"
-        save_file(self._pending, temporary, metadata={"format": "pt"})
-        temporary.rename(self._folder / name)
+        with writing(self._folder):
+            _save(self._pending, temporary)
+            temporary.rename(self._folder / name)
         self._weight_map.update(dict.fromkeys(self._pending, name))
         self._total_bytes += self._pending_bytes
         self._pending.clear()
         self._pending_bytes = 0
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn the system's errors of writing into `folder` into an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise OutputError(
+            f"{folder} cannot be written",
+            found=error.strerror or error,
+            hint="free some space or choose another disk" if is_full else None,
+        ) from None
+
+
+def _save(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Write a safetensors file straight from the tensors' memory.
+
+    The library's own writer makes a copy of everything first. As there, large elements come first,
+    so that every tensor is aligned.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in ordered:
+        end = offset + tensor.nbytes
+        dtype = _TYPE_NAMES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as handle:
+        handle.write(struct.pack("<Q", len(text)) + text)
+        for _, tensor in ordered:
+            handle.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are, without a mask of the whole tensor."""
+    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(_CHECK_VALUES))
 
 
 def _weight_files(folder: Path) -> Iterator[Path]:

@@ -18,8 +18,8 @@ T = TypeVar("T")
 
 NEUTRAL_KEYS = frozenset(
     {
-        "_name_or_path", "architectures", "attention_dropout", "auto_map", "aux_loss_alpha", "dtype",
-        "ep_size", "head_dim", "initializer_range", "model_type", "num_mtp_layers",
+        "_name_or_path", "architectures", "attention_dropout", "auto_map", "aux_loss_alpha",
+        "dtype", "ep_size", "head_dim", "initializer_range", "model_type", "num_mtp_layers",
         "num_nextn_predict_layers", "output_router_logits", "pad_token_id", "pretraining_tp",
         "qk_head_dim", "seq_aux", "torch_dtype", "transformers_version", "use_cache",
     }
@@ -222,7 +222,9 @@ def read_rope(keys: ConfigReader) -> RopeConfig:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "yarn"):
         raise ConfigError(
-            f"{keys.origin}: this rope scaling is not supported", found=kind, allowed="default, yarn"
+            f"{keys.origin}: this rope scaling is not supported",
+            found=kind,
+            allowed="default, yarn",
         )
     known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
     known |= {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"}

@@ -5,17 +5,19 @@ Works on a config.json alone, on a checkpoint, and on a bundle; the last needs n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mla_deploy.bundle import MANIFEST, Bundle, FileEntry, ModelInfo
-from mla_deploy.errors import ConfigError
+from mla_deploy.errors import ConfigError, MlaError
 
 if TYPE_CHECKING:
     from mla_deploy.config import MlaConfig, MoeConfig
     from mla_deploy.recipe import Recipe
+
+    RecipeFor = Callable[[MlaConfig], Recipe]
 
 PAGE_TOKENS = 64
 """A cache grows by pages; `mla_deploy.cache` has the same number and needs torch."""
@@ -37,7 +39,9 @@ class WeightCost:
     """What the weights cost in one format."""
 
     format: str
-    bytes: int
+    bytes: int | None
+    """None: the model cannot have this format."""
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Inspection:
 
     @property
     def mha_bytes_per_token_per_layer(self) -> int:
-        """What plain attention with the same heads would cache in float16: a key and a value each."""
+        """What plain attention would cache in float16: a key and a value for each head."""
         model = self.model
         width = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
         return 2 * model.num_attention_heads * width
@@ -81,6 +85,7 @@ class Inspection:
                     memory_bytes, weights.bytes, cache.bytes_per_token
                 )
                 for weights in self.weights
+                if weights.bytes is not None
             }
             for cache in self.caches
             if cache.bytes_per_token is not None
@@ -88,13 +93,13 @@ class Inspection:
 
 
 def inspect_model(
-    path: Path | str, recipes: Mapping[str, Recipe] | None = None, *, verify: bool = False
+    path: Path | str, recipes: Mapping[str, RecipeFor] | None = None, *, verify: bool = False
 ) -> Inspection:
     """Look at a checkpoint's folder, a config.json, or a bundle.
 
     Args:
         path: one of the three.
-        recipes: quantised weight formats, by name, whose bytes are wanted.
+        recipes: weight formats whose bytes are wanted, by name: the recipe each means for a model.
         verify: hash all files of a bundle, however large; compare the tensors of a checkpoint with
             what the config asks for.
 
@@ -127,11 +132,11 @@ def stored_bytes(config: MlaConfig, recipe: Recipe) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def _inspect_config(source: Path, recipes: Mapping[str, Recipe], verify: bool) -> Inspection:
+def _inspect_config(source: Path, recipes: Mapping[str, RecipeFor], verify: bool) -> Inspection:
     from mla_deploy.cache import cache_formats, cache_record
     from mla_deploy.checkpoint import Checkpoint
     from mla_deploy.config import load_config
-    from mla_deploy.model import build, count_parameters
+    from mla_deploy.model import build, count_parameters, unquantized
     from mla_deploy.modules.base import checkpoint_shapes
 
     config = load_config(source)
@@ -147,10 +152,15 @@ def _inspect_config(source: Path, recipes: Mapping[str, Recipe], verify: bool) -
             caches.append(CacheCost(name, None, None))
         else:
             caches.append(CacheCost(name, each, each * config.num_hidden_layers))
-    weights = [WeightCost(name, stored_bytes(config, one)) for name, one in recipes.items()]
-    weights.append(WeightCost(FLOAT16, 2 * parameters))
     recipe = config.recipe
-    is_quantised = any((recipe.linear, recipe.experts, recipe.embedding, recipe.lm_head))
+    is_quantised = recipe != unquantized(config).recipe
+    weights = [WeightCost("as stored", stored_bytes(config, recipe))] if is_quantised else []
+    for name, recipe_for in recipes.items():
+        try:
+            weights.append(WeightCost(name, stored_bytes(config, recipe_for(unquantized(config)))))
+        except MlaError as error:  # a matrix that the groups do not divide
+            weights.append(WeightCost(name, None, error.what))
+    weights.append(WeightCost(FLOAT16, 2 * parameters))
     return Inspection(
         path=source,
         kind="checkpoint" if source.is_dir() else "config",
@@ -159,7 +169,7 @@ def _inspect_config(source: Path, recipes: Mapping[str, Recipe], verify: bool) -
         weights=tuple(weights),
         recipe=recipe.to_json(),
         moe=config.moe,
-        stored_as=recipe.cache_format if is_quantised or recipe.cache_format != "fp32" else None,
+        stored_as=recipe.cache_format if is_quantised else None,
         verified=verify,
         source_quantization=config.source_quantization,
     )

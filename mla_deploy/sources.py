@@ -1,9 +1,9 @@
 """Where a parameter of a reference module comes from in a checkpoint.
 
 A parameter is often several tensors of the file joined: matrices that read the same input become
-one, experts become slabs of one array. A source names those tensors with their shapes, and gives the
-parameter back in slabs along its first axis, so that nobody needs it whole: the reference loads from
-it, exporters stream from it, and the shapes tell what a complete checkpoint holds.
+one, experts become slabs of one array. A source names those tensors with their shapes, and gives
+the parameter back in slabs along its first axis, so that nobody needs it whole: the reference
+loads from it, exporters stream from it, and the shapes tell what a complete checkpoint holds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Stored(Source):
 
 @dataclass(frozen=True)
 class Zeros(Source):
-    """A piece that the checkpoint does not have, such as the bias of a joined matrix without one."""
+    """A piece that the checkpoint does not have: the bias of a joined matrix without one."""
 
     shape: tuple[int, ...]
 

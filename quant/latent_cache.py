@@ -51,9 +51,9 @@ def solve_affine_int4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
     """Codes, scale and zero of each group in closed form.
 
     Minimises `sum (x - scale * code - zero)^2` by alternation: codes are rounded for a given
-    (scale, zero), then both follow from linear regression on the codes. This is HQQ's half-quadratic
-    alternation (Badri and Shaji, 2023) with its sparse error term left out and the least-squares
-    scale taken in. Scale and zero are rounded to float16 before the last codes are chosen.
+    (scale, zero), then both follow from linear regression on the codes. This is the alternation of
+    HQQ (Badri and Shaji, 2023) with its sparse error term left out and the least-squares scale
+    taken in. Scale and zero are rounded to float16 before the last codes are chosen.
 
     Shapes: x [..., group] float32, to codes [..., group] (whole numbers as float32, 0 to 15),
     scale [..., 1] float16, zero [..., 1] float16.

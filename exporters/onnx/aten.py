@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -18,7 +18,7 @@ Number = int | float | bool
 TABLE: dict[object, Lowering] = {}
 
 
-def lowers(*targets: object) -> Any:
+def lowers(*targets: object) -> Callable[[Lowering], Lowering]:
     """Enter a function into the table."""
 
     def enter(function: Lowering) -> Lowering:
@@ -153,9 +153,7 @@ def _topk(c: Context, x: ir.Value, k: int, dim: int = -1) -> tuple[ir.Value, ir.
     return values, indices
 
 
-@lowers(
-    aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.unflatten.int
-)
+@lowers(aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.unflatten.int)
 def _reshape(c: Context, x: ir.Value, *_: Any) -> ir.Value:
     """With 0 for axes that keep their place and -1 for one that does not, if that suffices."""
     before, after = c.fakes[0].shape, c.result.shape
@@ -245,9 +243,7 @@ def _index(c: Context, x: ir.Value, indices: Sequence[ir.Value]) -> ir.Value:
 
 
 @lowers(aten.index_put.default)
-def _index_put(
-    c: Context, x: ir.Value, indices: Sequence[ir.Value], values: ir.Value
-) -> ir.Value:
+def _index_put(c: Context, x: ir.Value, indices: Sequence[ir.Value], values: ir.Value) -> ir.Value:
     return c.builder.op("ScatterND", x, _joined_indices(c, indices), values)
 
 
@@ -269,8 +265,6 @@ def _joined_indices(c: Context, indices: Sequence[ir.Value]) -> ir.Value:
 
 def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
-
-
 
 
 @lowers(aten.embedding.default)

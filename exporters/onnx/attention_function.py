@@ -80,9 +80,7 @@ class _Body(nn.Module):
         )
 
 
-def _function(
-    attributes: dict[str, Any], weight_dtype: torch.dtype, overload: str
-) -> ir.Function:
+def _function(attributes: dict[str, Any], weight_dtype: torch.dtype, overload: str) -> ir.Function:
     heads, nope = attributes["num_heads"], attributes["qk_nope_head_dim"]
     rope, v_dim = attributes["qk_rope_head_dim"], attributes["v_head_dim"]
     rank = attributes["kv_lora_rank"]

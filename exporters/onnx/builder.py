@@ -46,8 +46,8 @@ class Initializer:
 class GraphBuilder:
     """Collects nodes.
 
-    Nodes are named `/{scope}/{OpType}` after the module they stand for, with a number where a module
-    has several of a kind, so that names do not move when something else changes.
+    Nodes are named `/{scope}/{OpType}` after the module they stand for, with a number where a
+    module has several of a kind, so that names do not move when something else changes.
     """
 
     def __init__(self) -> None:

@@ -130,7 +130,7 @@ def cache_info(config: MlaConfig) -> CacheInfo:
     parts = [
         CachePartInfo(
             name=part.name,
-            dtype=str(part.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            dtype=str(part.dtype).removeprefix("torch."),
             page_shape=list(part.page_shape),
         )
         for part in cache_record(name).parts(config.kv_lora_rank, config.qk_rope_head_dim)
@@ -143,5 +143,3 @@ def _save(model: ir.Model, path: Path) -> None:
     """Write the graph and have onnx check the file."""
     onnx.save(ir.to_proto(model), path)
     onnx.checker.check_model(path)
-
-

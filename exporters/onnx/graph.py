@@ -98,9 +98,7 @@ def build_graph(config: MlaConfig, checkpoint: Checkpoint) -> DecoderGraph:
         TensorSpec("residual", ("B", "S", hidden)),
         TensorSpec("logit_index", ("B", "L"), int64),
     ]
-    (logits,) = _emit(
-        trace(epilogue, specs), epilogue, builder, table, values, "model", checkpoint
-    )
+    (logits,) = _emit(trace(epilogue, specs), epilogue, builder, table, values, "model", checkpoint)
     logits.name = "logits"
     logits.type = ir.TensorType(ir.DataType.FLOAT)
     logits.shape = ir.Shape(["batch", "logits", config.vocab_size])

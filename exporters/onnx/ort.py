@@ -88,11 +88,11 @@ def _linear_quantized(
 ) -> ir.Value:
     """MatMulNBits. Exact zeros become a product with the group sums of x:
 
-        y = MatMulNBits_symmetric(x) + groupsum(x) @ ((2^(bits-1) - zero) * scale)^T
+    y = MatMulNBits_symmetric(x) + groupsum(x) @ ((2^(bits-1) - zero) * scale)^T
     """
     rows, columns = codes.shape[0], codes.shape[1] * 8 // bits
     group = columns // scales.shape[1]
-    attributes = {
+    attributes: dict[str, Any] = {
         "K": columns,
         "N": rows,
         "bits": bits,
@@ -155,15 +155,13 @@ def _moe(
 ) -> ir.Value:
     """MoE takes no weights, only logits of a softmax over the chosen experts.
 
-    It gets `log(weight)` of the chosen and -inf for the rest, so that the softmax gives weights that
-    add up to one, and the output is multiplied by what they added up to before.
+    It gets `log(weight)` of the chosen and -inf for the rest, so that the softmax gives weights
+    that add up to one, and the output is multiplied by what they added up to before.
     """
     op = c.builder.op
     _, chosen = op("TopK", selection, c.builder.constant([top_k]), outputs=2, axis=-1)
     chosen_weights = op("GatherElements", weights, chosen, axis=1)
-    nothing = op(
-        "Expand", c.builder.constant(0.0, torch.float32), op("Shape", weights)
-    )
+    nothing = op("Expand", c.builder.constant(0.0, torch.float32), op("Shape", weights))
     logits = op("Log", op("ScatterElements", nothing, chosen, chosen_weights, axis=1))
     normalised = op(
         "MoE",

@@ -132,4 +132,6 @@ def _module_path(node: fx.Node) -> str:
 
 def flatten_values(values: Sequence[Any]) -> list[ir.Value]:
     """Values and lists of values as one list."""
-    return [one for value in values for one in (value if isinstance(value, (list, tuple)) else [value])]
+    return [
+        one for value in values for one in (value if isinstance(value, (list, tuple)) else [value])
+    ]

@@ -84,7 +84,7 @@ def write_external_data(
             out.write(bytes(-out.tell() % boundary))
             offset = out.tell()
             for chunk in one.chunks(read):
-                out.write(memoryview(chunk.contiguous().numpy()).cast("B"))
+                chunk.contiguous().numpy().tofile(out)
                 if progress is not None:
                     progress(done + out.tell() - offset, total, one.name)
             if out.tell() - offset != one.nbytes:

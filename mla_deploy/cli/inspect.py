@@ -31,10 +31,10 @@ def command(reporter: Reporter, model: Path, memory: int | None, verify: bool) -
 
     MODEL is a checkpoint, a config.json alone, or a bundle.
     """
-    from mla_deploy.cli.weights import inspection_recipes
+    from mla_deploy.cli.weights import WEIGHT_RECIPES
     from mla_deploy.inspection import inspect_model
 
-    found = inspect_model(model, inspection_recipes, verify=verify)
+    found = inspect_model(model, WEIGHT_RECIPES, verify=verify)
     reporter.result(_values(found, memory), _text(found, memory))
 
 
@@ -114,13 +114,20 @@ def _caches(found: Inspection) -> str:
         if each is None or total is None or times is None:
             rows.append((cache.format, "does not fit this latent", "", ""))
         else:
-            rows.append((f"latent, {cache.format}", f"{each:,}", table.count(total), f"{times:.1f}x"))
+            rows.append(
+                (f"latent, {cache.format}", f"{each:,}", table.count(total), f"{times:.1f}x")
+            )
     head = ("bytes of cache", "per token and layer", "per token", "smaller")
     return table.table(head, rows)
 
 
 def _weights(found: Inspection) -> str:
-    rows = [(one.format, table.count(one.bytes), table.size(one.bytes)) for one in found.weights]
+    rows = [
+        (one.format, str(one.reason), "")
+        if one.bytes is None
+        else (one.format, table.count(one.bytes), table.size(one.bytes))
+        for one in found.weights
+    ]
     return table.table(("weights", "bytes", ""), rows)
 
 
@@ -134,7 +141,7 @@ def _contexts(found: Inspection, memory: int) -> str:
             for tokens in by_weights.values()
         ]
         rows.append((cache, *cells))
-    head = ("cache \\ weights", *(weights.format for weights in found.weights))
+    head = ("cache \\ weights", *next(iter(contexts.values()), ()))
     return "\n".join(
         [
             f"Tokens of context that fit into {table.size(memory)} beside the weights "

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec
 
 import click
 
@@ -16,7 +16,7 @@ from mla_deploy.errors import MlaError, UsageError
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what is being worked on)."""
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
 
 
 class Reporter:
@@ -67,27 +67,27 @@ class Reporter:
         )
         with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(title, total=None, text="")
-            yield lambda done, total, text: bar.update(
-                task, completed=done, total=total, text=text
-            )
+            yield lambda done, total, text: bar.update(task, completed=done, total=total, text=text)
 
 
-def reporting(function: F) -> F:
+def reporting(function: Callable[Concatenate[Reporter, P], None]) -> Callable[P, None]:
     """Give a command --json and --debug, and a `Reporter` as its first argument."""
 
     def store(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
         if value:
             setattr(ctx.find_object(Reporter), str(parameter.name), True)
 
+    wrapped = click.make_pass_decorator(Reporter)(function)
     for name, text in (
         ("debug", "Show a traceback with every error."),
         ("json", "Print one JSON object on standard output."),
     ):
         # Eager: known before the other options are read, so that their errors obey it.
-        function = click.option(
+        option = click.option(
             f"--{name}", is_flag=True, is_eager=True, expose_value=False, callback=store, help=text
-        )(function)
-    return click.make_pass_decorator(Reporter)(function)
+        )
+        wrapped = option(wrapped)
+    return wrapped
 
 
 def errors_of_click(error: click.ClickException) -> MlaError:

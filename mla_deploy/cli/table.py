@@ -22,7 +22,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], indent: int = 2) -
 def pairs(entries: Sequence[tuple[str, str]], indent: int = 2) -> str:
     """Names and values, one pair a line."""
     width = max(len(name) for name, _ in entries)
-    return "\n".join(f"{' ' * indent}{name.ljust(width)}  {value}".rstrip() for name, value in entries)
+    return "\n".join(
+        f"{' ' * indent}{name.ljust(width)}  {value}".rstrip() for name, value in entries
+    )
 
 
 def count(number: int) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from mla_deploy.recipe import Recipe, WeightFormat
+import functools
 
+from mla_deploy.quant.options import QuantizeOptions, recipe_for
 
-def _all(bits: int) -> Recipe:
-    each = WeightFormat(bits, 64)
-    return Recipe(
-        linear=each, experts=each, embedding=WeightFormat(8, 64), lm_head=each, half_precision=True
-    )
-
-
-inspection_recipes = {"int4": _all(4), "int8": _all(8)}
+WEIGHT_RECIPES = {
+    "int4": functools.partial(recipe_for, options=QuantizeOptions(kv="fp16", weights="int4")),
+    "int8": functools.partial(recipe_for, options=QuantizeOptions(kv="fp16", weights="int8")),
+}
+"""What `mla-deploy quantize --weights NAME` makes of a model. The cache, which every latent fits
+here, has no part in the bytes of the weights."""

@@ -1,9 +1,9 @@
-"""How good a model is: perplexity, and how far it is from a reference.
+"""How good a model is, perplexity and distance to a reference, and how fast.
 
-Everything here works on a `Scorer`, something that gives logits for a window of tokens: a checkpoint
+Quality is measured on a `Scorer`, something that gives logits for a window of tokens: a checkpoint
 through the torch reference (`TorchScorer`), or whatever the caller brings, such as a bundle in the
-runtime. May be imported by the commands; imports neither `mla_deploy.quant`, `mla_deploy.exporters`
-nor `mla_deploy.runtime`.
+runtime. Speed (`speed`) is measured on whatever session the caller brings. Imports neither
+`mla_deploy.quant`, `mla_deploy.exporters` nor `mla_deploy.runtime`.
 """
 
 from mla_deploy.evaluate.scorer import Scorer

@@ -49,8 +49,8 @@ class TorchScorer:
         from mla_deploy.model import load_model
 
         self.name = str(path)
-        self.tokenizer = Tokenizer.open(path)
         self._config = load_config(path)
+        self.tokenizer = Tokenizer.open(path)
         self._model = load_model(path)
         self.context = self._config.max_position_embeddings
 

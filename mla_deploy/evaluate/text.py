@@ -55,17 +55,26 @@ def read_text(path: Path | str) -> str:
         raise UsageError(
             f"the text {file} cannot be read", found=error.strerror, hint="name a UTF-8 text file"
         ) from None
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"the text {file} is not UTF-8",
-            found=f"byte 0x{raw[error.start]:02x} at offset {error.start}",
-            hint=f"convert it first: iconv -f LATIN1 -t UTF-8 {file}",
-        ) from None
+    text = decode_text(raw, f"the text {file}")
     if not text.strip():
         raise UsageError(f"the text {file} is empty", found=f"{len(raw)} bytes")
     return text
+
+
+def decode_text(raw: bytes, what: str) -> str:
+    """UTF-8 bytes as text, without a byte order mark.
+
+    Raises:
+        UsageError: they are not UTF-8.
+    """
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{what} is not UTF-8",
+            found=f"byte 0x{raw[error.start]:02x} at offset {error.start}",
+            hint="convert it first, for instance: iconv -f LATIN1 -t UTF-8 FILE",
+        ) from None
 
 
 def encode_text(tokenizer: Tokenizer, text: str, max_tokens: int | None = None) -> Corpus:

@@ -17,6 +17,8 @@ class SigmoidRouter(Router):
     best groups are out of the running; the weights of the chosen are their unbiased scores.
     """
 
+    e_score_correction_bias: torch.Tensor
+
     def __init__(self, moe: MoeConfig, hidden: int, prefix: str) -> None:
         super().__init__(moe, hidden, prefix)
         shape = (moe.n_routed_experts,)

@@ -15,9 +15,9 @@ from mla_deploy.sources import Stored, UpProjection
 class LatentAttention(Block):
     """MLA (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
-        hidden -- qkv_a_proj --+-- q_a -- q_a_layernorm -- q_b_proj -- q --+
-                               |                                           +-- latent_attention -- o_proj
-                               +-- [c_kv | k_pe] --------------------------+
+        hidden -- qkv_a_proj --+-- q_a -- q_a_layernorm -- q_b_proj --+
+                               |                                      +-- latent_attention -- o_proj
+                               +-- [c_kv | k_pe] ---------------------+
 
     The first projections of query and latent read the same input and are one matrix. Without
     q_lora_rank the query comes straight out of it. The gamma of the latent's norm lives in w_uk and

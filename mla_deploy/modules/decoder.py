@@ -15,6 +15,8 @@ from mla_deploy.rope import cos_sin_scale, inverse_frequencies
 class Prologue(Block):
     """Embeds the new tokens and turns their positions into cos and sin."""
 
+    inv_freq: torch.Tensor
+
     def __init__(self, config: MlaConfig) -> None:
         super().__init__()
         self.embed_tokens = Embedding(
@@ -30,7 +32,7 @@ class Prologue(Block):
     def forward(
         self, input_ids: torch.Tensor, past_lengths: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Shapes: input_ids [B, S], past_lengths [B], to x [B, S, hidden], cos, sin [B, S, R / 2]."""
+        """Shapes: input_ids [B, S], past_lengths [B], to x [B, S, hidden]; cos, sin [B, S, R/2]."""
         step = torch.arange(input_ids.shape[1]).unsqueeze(0)
         position = (past_lengths.unsqueeze(1) + step).float()
         angle = position.unsqueeze(2) * self.inv_freq
@@ -84,9 +86,7 @@ class Epilogue(Block):
         is_tied = config.tie_word_embeddings and lm_head_format is None
         name = "model.embed_tokens" if is_tied else "lm_head"
         self.norm = Norm(config.hidden_size, "model.norm", config.rms_norm_eps)
-        self.lm_head = Linear(
-            config.hidden_size, (Piece(name, config.vocab_size),), lm_head_format
-        )
+        self.lm_head = Linear(config.hidden_size, (Piece(name, config.vocab_size),), lm_head_format)
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor, logit_index: torch.Tensor
@@ -100,9 +100,7 @@ class Epilogue(Block):
 class Decoder(nn.Module):
     """The whole model, with the inputs and outputs of an exported graph (`mla_deploy.bundle`)."""
 
-    def __init__(
-        self, prologue: Prologue, layers: list[DecoderLayer], epilogue: Epilogue
-    ) -> None:
+    def __init__(self, prologue: Prologue, layers: list[DecoderLayer], epilogue: Epilogue) -> None:
         super().__init__()
         self.prologue = prologue
         self.layers = nn.ModuleList(layers)

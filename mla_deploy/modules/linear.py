@@ -23,10 +23,19 @@ class Piece:
     has_bias: bool = False
 
 
-def packed_shapes(
-    rows: tuple[int, ...], columns: int, weight_format: WeightFormat
+def stored_shapes(
+    rows: tuple[int, ...],
+    columns: int,
+    weight_format: WeightFormat | None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of each part of a quantised matrix [*rows, columns]."""
+    """Shape and type of each tensor that a matrix [*rows, columns] is stored in.
+
+    Args:
+        dtype: of the matrix where it is not quantised.
+    """
+    if weight_format is None:
+        return {"weight": ((*rows, columns), dtype)}
     groups = columns // weight_format.group
     zeros = torch.uint8 if weight_format.zeros == "integer" else torch.float16
     return {
@@ -42,19 +51,20 @@ class Linear(Block):
     Shapes: x [..., in], to [..., sum of rows].
     """
 
+    weight: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(
         self, in_features: int, pieces: tuple[Piece, ...], weight_format: WeightFormat | None
     ) -> None:
         super().__init__()
         self.weight_format = weight_format
-        self.bias: torch.Tensor | None = None
+        self.bias = None
         rows = sum(piece.rows for piece in pieces)
-        if weight_format is None:
-            shape = {"weight": ((in_features,), torch.float32)}
-        else:
-            packed = packed_shapes((), in_features, weight_format)
-            shape = {name: (tail, dtype) for name, (tail, dtype) in packed.items()}
-        for name, (tail, dtype) in shape.items():
+        for name, (tail, dtype) in stored_shapes((), in_features, weight_format).items():
             joined = Joined(tuple(Stored(f"{p.name}.{name}", (p.rows, *tail)) for p in pieces))
             self.declare(name, (rows, *tail), joined, dtype)
         if any(piece.has_bias for piece in pieces):
@@ -72,6 +82,11 @@ class Linear(Block):
 class Embedding(Block):
     """Rows of a table in float32. Shapes: ids [B, S], to [B, S, hidden]."""
 
+    weight: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+
     def __init__(
         self,
         vocab_size: int,
@@ -82,9 +97,7 @@ class Embedding(Block):
     ) -> None:
         super().__init__()
         self.weight_format = weight_format
-        shapes = {"weight": ((vocab_size, hidden_size), dtype)}
-        if weight_format is not None:
-            shapes = packed_shapes((vocab_size,), hidden_size, weight_format)
+        shapes = stored_shapes((vocab_size,), hidden_size, weight_format, dtype)
         for part, (shape, part_dtype) in shapes.items():
             self.declare(part, shape, Stored(f"{name}.{part}", shape), part_dtype)
 
@@ -98,6 +111,8 @@ class Embedding(Block):
 
 class Norm(Block):
     """RMSNorm. Shapes: x [..., D]."""
+
+    weight: torch.Tensor
 
     def __init__(self, size: int, name: str, epsilon: float) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from torch import nn
 from mla_deploy import ops
 from mla_deploy.config import MlaConfig, MoeConfig
 from mla_deploy.modules.base import Block
-from mla_deploy.modules.linear import Linear, Piece, packed_shapes
+from mla_deploy.modules.linear import Linear, Piece, stored_shapes
 from mla_deploy.packing import CODES, SCALES, ZEROS
 from mla_deploy.recipe import WeightFormat
 from mla_deploy.sources import Expert, Joined, Stored
@@ -54,9 +54,7 @@ class Experts(Block):
         prefix: str,
     ) -> None:
         experts = moe.n_routed_experts
-        shapes = {"weight": ((rows, columns), torch.float32)}
-        if self.weight_format is not None:
-            shapes = packed_shapes((rows,), columns, self.weight_format)
+        shapes = stored_shapes((rows,), columns, self.weight_format)
         for part, (shape, dtype) in shapes.items():
             stack = Joined(
                 tuple(
@@ -71,9 +69,7 @@ class Experts(Block):
         self, x: torch.Tensor, selection: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         if self.weight_format is None:
-            return ops.moe(
-                x, selection, weights, self.gate_up_weight, self.down_weight, self.top_k
-            )
+            return ops.moe(x, selection, weights, self.gate_up_weight, self.down_weight, self.top_k)
         gate_up, down = (
             [self.get_parameter(f"{name}_{part}") for part in (CODES, SCALES, ZEROS)]
             for name in ("gate_up", "down")
@@ -83,7 +79,7 @@ class Experts(Block):
 
 
 class MoeMlp(Block):
-    """Routed experts chosen by the family's router, plus the shared ones. Shapes: x [B, S, hidden]."""
+    """Routed experts, chosen by the family's router, plus shared ones. Shapes: x [B, S, hidden]."""
 
     def __init__(self, config: MlaConfig, moe: MoeConfig, prefix: str, router: nn.Module) -> None:
         super().__init__()
@@ -110,6 +106,8 @@ class Router(Block):
 
     Shapes: x [T, hidden], to selection and weights [T, E] as `ops.moe` wants them.
     """
+
+    weight: torch.Tensor
 
     def __init__(self, moe: MoeConfig, hidden: int, prefix: str) -> None:
         super().__init__()

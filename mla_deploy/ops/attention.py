@@ -49,7 +49,7 @@ def latent_attention(
         q [B, S, H * (N + R)]: a head's q_nope, then its q_pe, not yet rotated.
         kv [B, S, kv_lora_rank + R]: what kv_a_proj gives: the latent, then k_pe, not yet rotated.
         cos, sin [B, S, R / 2]: of the new tokens' positions; pairs are neighbours (interleaved).
-        w_uk [H, N, kv_lora_rank], w_uv [H, kv_lora_rank, V]: with the latent norm's gamma folded in.
+        w_uk [H, N, kv_lora_rank], w_uv [H, kv_lora_rank, V]: the latent norm's gamma folded in.
         block_table [B, M] int64: pages of the arena; covers past_lengths + new_lengths tokens.
         past_lengths, new_lengths [B] int64: tokens in the cache, tokens of S that are real.
         cache: the record's parts, each [pages, *page_shape].

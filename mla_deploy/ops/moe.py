@@ -1,7 +1,7 @@
 """The routed experts of a mixture of experts.
 
-The router is the family's own; it hands over two [T, E] matrices: `selection`, whose `top_k` largest
-entries a token name its experts, and `weights`, with which the chosen outputs are added up.
+The router is the family's own; it hands over two [T, E] matrices: `selection`, whose `top_k`
+largest entries a token name its experts, and `weights`, with which the chosen outputs are added.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def moe(
     output = torch.zeros_like(tokens)
     for expert in chosen.unique().tolist():
         rows = (chosen == expert).any(-1).nonzero().squeeze(1)
-        gate, up = F.linear(tokens[rows], gate_up[expert].to(x.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
+        gate, up = (
+            F.linear(tokens[rows], gate_up[expert].to(x.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
+        )
         result = F.linear(F.silu(gate) * up, down[expert].to(x.dtype))
         output.index_add_(0, rows, result * weights[rows, expert, None].to(x.dtype))
     return output.reshape(x.shape)

@@ -1,0 +1,159 @@
+"""What a user can choose about quantisation, and the recipe that follows for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, get_args
+
+from mla_deploy.cache import cache_record
+from mla_deploy.config import MlaConfig
+from mla_deploy.errors import UsageError
+from mla_deploy.model import build, unquantized
+from mla_deploy.modules.decoder import Decoder
+from mla_deploy.modules.linear import Embedding, Linear
+from mla_deploy.modules.mlp import Experts
+from mla_deploy.packing import CODES
+from mla_deploy.quant.fold import hadamard_block
+from mla_deploy.quant.weights import check_group
+from mla_deploy.recipe import Recipe, WeightFormat
+
+Weights = Literal["int4", "int8", "none"]
+EmbeddingFormat = Literal["fp16", "int8", "int4", "none"]
+Zeros = Literal["integer", "exact"]
+Kind = Literal["linear", "experts", "embedding", "lm_head"]
+
+_BITS = {"int4": 4, "int8": 8}
+_ROTATED_CACHES = frozenset({"int4"})
+"""Formats coarse enough to gain from a rotated latent; docs/quantization.md has the figures."""
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """How to quantise; None stands for a default that depends on the rest or on the model."""
+
+    kv: str = "int4"
+    """The cache record: a name of `mla_deploy.cache.cache_formats()`."""
+    weights: Weights = "int4"
+    """Matrices of attention, dense feed-forward and shared experts. `none`: as stored."""
+    group: int | None = None
+    """Neighbours that share a scale. Default: 64, or 32 for a kind that has a matrix whose inputs
+    64 does not divide."""
+    zeros: Zeros = "integer"
+    """`exact` keeps HQQ's real zeros: less error, a slower product."""
+    experts: Weights | None = None
+    """Routed experts. Default: as `weights`."""
+    embedding: EmbeddingFormat | None = None
+    """The input table. Default: `fp16`, or `none` where weights are `none`."""
+    lm_head: Weights | None = None
+    """The output matrix. Default: `int8`, or `none` where weights are `none`."""
+    rotate: bool | None = None
+    """Rotate the latent. Default: for a 4-bit cache."""
+
+    def __post_init__(self) -> None:
+        allowed: dict[str, tuple[object, ...]] = {
+            "weights": get_args(Weights),
+            "group": (None, 32, 64, 128),
+            "zeros": get_args(Zeros),
+            "experts": (None, *get_args(Weights)),
+            "embedding": (None, *get_args(EmbeddingFormat)),
+            "lm_head": (None, *get_args(Weights)),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise UsageError(
+                    f"{name} has a value that is not known",
+                    found=getattr(self, name),
+                    allowed=", ".join(str(one) for one in values if one is not None),
+                )
+
+    def chosen(self, kind: Kind) -> str:
+        """The format of one kind of matrix, defaults filled in."""
+        is_float = self.weights == "none"
+        return {
+            "linear": self.weights,
+            "experts": self.experts or self.weights,
+            "embedding": self.embedding or ("none" if is_float else "fp16"),
+            "lm_head": self.lm_head or ("none" if is_float else "int8"),
+        }[kind]
+
+
+def recipe_for(config: MlaConfig, options: QuantizeOptions) -> Recipe:
+    """The recipe that the options mean for this model.
+
+    Raises:
+        UsageError: a group that does not divide the inputs of a matrix.
+        ConfigError: an unknown cache format, or one that cannot hold this latent.
+    """
+    cache_record(options.kv).parts(config.kv_lora_rank, config.qk_rope_head_dim)
+    is_half = options.chosen("embedding") != "none"
+    rotation = _rotation(config, options)
+    recipe = Recipe(
+        cache_format=options.kv,
+        gamma_folded=is_half or rotation is not None,
+        latent_rotation=rotation,
+        half_precision=is_half,
+    )
+    columns: dict[Kind, dict[str, int]] = {}
+    for matrix in matrices(build(replace(config, recipe=recipe))):
+        columns.setdefault(matrix.kind, {})[matrix.name] = matrix.columns
+    formats = {kind: _weight_format(options, kind, inputs) for kind, inputs in columns.items()}
+    return replace(recipe, **formats)
+
+
+class Matrix(NamedTuple):
+    """A matrix of the kinds that can be quantised."""
+
+    kind: Kind
+    name: str
+    """In the checkpoint, without `.weight`."""
+    columns: int
+    weight_format: WeightFormat | None
+
+
+def matrices(model: Decoder) -> Iterator[Matrix]:
+    """Every matrix of a model that could be quantised, each once."""
+    for module in model.modules():
+        if not isinstance(module, (Linear, Embedding, Experts)):
+            continue
+        kind: Kind = "linear"
+        if module is model.epilogue.lm_head:
+            kind = "lm_head"
+        elif isinstance(module, (Embedding, Experts)):
+            kind = "embedding" if isinstance(module, Embedding) else "experts"
+        weight_format = module.weight_format
+        leaf = "weight" if weight_format is None else CODES
+        values_per_column = 1 if weight_format is None else 8 // weight_format.bits
+        for source in module.sources.values():
+            for name, shape in source.tensors().items():
+                base, _, suffix = name.rpartition(".")
+                if suffix == leaf:
+                    yield Matrix(kind, base, shape[-1] * values_per_column, weight_format)
+
+
+def _rotation(config: MlaConfig, options: QuantizeOptions) -> int | None:
+    block = hadamard_block(config.kv_lora_rank)
+    if options.rotate is None:
+        return block if options.kv in _ROTATED_CACHES and block > 1 else None
+    if options.rotate and block == 1:
+        raise UsageError(
+            "the latent cannot be rotated",
+            found=f"kv_lora_rank {config.kv_lora_rank}",
+            allowed="an even rank",
+            hint="leave --rotate out",
+        )
+    return block if options.rotate else None
+
+
+def _weight_format(
+    options: QuantizeOptions, kind: Kind, inputs: dict[str, int]
+) -> WeightFormat | None:
+    bits = _BITS.get(options.chosen(kind))
+    if bits is None:
+        return None
+    group = options.group
+    if group is None:
+        group = 64 if all(columns % 64 == 0 for columns in inputs.values()) else 32
+    for name, columns in inputs.items():
+        check_group(group, columns, name)
+    return WeightFormat(bits, group, options.zeros)

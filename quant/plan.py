@@ -1,0 +1,230 @@
+"""The plan of a quantisation: which tensor of the source becomes what, known before any is read."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mla_deploy.checkpoint import Checkpoint
+from mla_deploy.config import MlaConfig
+from mla_deploy.errors import CheckpointError
+from mla_deploy.model import build, unquantized
+from mla_deploy.modules.attention import LatentAttention
+from mla_deploy.modules.base import checkpoint_shapes
+from mla_deploy.modules.decoder import Decoder
+from mla_deploy.packing import SUFFIXES
+from mla_deploy.quant.fold import fold_kv_a, fold_kv_b
+from mla_deploy.quant.options import matrices
+from mla_deploy.quant.weights import quantize_matrix
+from mla_deploy.recipe import WeightFormat
+from mla_deploy.sources import UpProjection
+
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+_DERIVED = "rotary_emb.inv_freq"
+"""Buffers that old checkpoints hold; they follow from config.json."""
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The tensors that a step gives, and the error it made."""
+
+    tensors: dict[str, torch.Tensor]
+    squared_error: float = 0.0
+    squared_sum: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor of the source on its way into the output."""
+
+    kind: str
+    """`linear`, `experts`, `embedding`, `lm_head`, or `other` for what is never quantised."""
+    source: str
+    target: str
+    """The tensor's name; without its suffix if it is quantised."""
+    shape: tuple[int, ...]
+    weight_format: WeightFormat | None
+    transform: Transform | None
+    dtype: torch.dtype | None
+    """The type of a tensor that stays in floating point; None: as stored."""
+    output_bytes: int
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the tensors it writes."""
+        if self.weight_format is None:
+            return (self.target,)
+        return tuple(f"{self.target}.{suffix}" for suffix in SUFFIXES)
+
+    @property
+    def values(self) -> int:
+        """Numbers in the source tensor."""
+        return torch.Size(self.shape).numel()
+
+    def run(self, checkpoint: Checkpoint) -> Outcome:
+        """Read, transform, quantise.
+
+        Raises:
+            CheckpointError: as `Checkpoint.read`, or values too large for the output's type.
+        """
+        tensor = checkpoint.read(self.source, self.shape)
+        if self.transform is not None:
+            tensor = self.transform(tensor)
+        if self.weight_format is None:
+            return Outcome({self.target: self._converted(tensor)})
+        try:
+            matrix = quantize_matrix(tensor, self.weight_format)
+        except CheckpointError as error:
+            error.what = f"{self.source}: {error.what}"
+            raise
+        return Outcome(matrix.tensors(self.target), matrix.squared_error, matrix.squared_sum)
+
+    def _converted(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.dtype is None:
+            return tensor
+        largest = float(tensor.abs().max())
+        if largest > torch.finfo(self.dtype).max:
+            raise CheckpointError(
+                f"{self.source} has values that {self.dtype} cannot hold",
+                found=f"{largest:.3g}",
+                allowed=f"up to {torch.finfo(self.dtype).max:.3g}",
+                hint="quantize with --embedding none",
+            )
+        return tensor.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps, in the order of the output, and the tensors that have no place in it."""
+
+    steps: tuple[Step, ...]
+    skipped: dict[str, tuple[str, ...]]
+    """Reason to the names of the tensors left out."""
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the weights that will be written."""
+        return sum(step.output_bytes for step in self.steps)
+
+
+def make_plan(checkpoint: Checkpoint, config: MlaConfig) -> Plan:
+    """Plan the way from an ordinary checkpoint to the model of `config`, which has the recipe.
+
+    Raises:
+        CheckpointError: a tensor is missing, has the wrong shape, or is not known.
+    """
+    original = build(unquantized(config))
+    expected = checkpoint_shapes(original)
+    checkpoint.check(expected)
+    target = build(config)
+    kinds = {matrix.name: matrix for matrix in matrices(target)}
+    transforms = dict(_transforms(checkpoint, target, config))
+    steps: dict[str, Step] = {}
+    for name, shape in checkpoint_shapes(target).items():
+        base = name.rpartition(".")[0]
+        matrix = kinds.get(base)
+        weight_format = None if matrix is None else matrix.weight_format
+        is_quantized = weight_format is not None and name.rpartition(".")[2] in SUFFIXES
+        source = f"{base}.weight" if is_quantized else name
+        if source not in expected:  # a quantised lm_head of its own where the source ties it
+            source = "model.embed_tokens.weight"
+        full = expected[source] if is_quantized else shape
+        dtype = None if is_quantized else _table_dtype(source, transforms, config)
+        step = Step(
+            kind="other" if matrix is None else matrix.kind,
+            source=source,
+            target=base if is_quantized else name,
+            shape=full,
+            weight_format=weight_format if is_quantized else None,
+            transform=transforms.get(source),
+            dtype=dtype,
+            output_bytes=_output_bytes(full, weight_format if is_quantized else None)
+            or torch.Size(full).numel() * _itemsize(checkpoint, source, dtype),
+        )
+        steps[step.target] = step
+    return Plan(tuple(steps.values()), _skipped(checkpoint, expected, config))
+
+
+def _transforms(
+    checkpoint: Checkpoint, model: Decoder, config: MlaConfig
+) -> Iterator[tuple[str, Transform]]:
+    """What happens to tensors of the source beside quantisation, by name."""
+    recipe, rank = config.recipe, config.kv_lora_rank
+    if not recipe.gamma_folded and recipe.latent_rotation is None:
+        return
+    for module in model.modules():
+        if not isinstance(module, LatentAttention):
+            continue
+        up = module.sources["w_uk"]
+        assert isinstance(up, UpProjection)
+        prefix = up.kv_b_proj.name.removesuffix("kv_b_proj.weight")
+        gamma_name = f"{prefix}kv_a_layernorm.weight" if recipe.gamma_folded else None
+
+        def fold_b(tensor: torch.Tensor, gamma_name: str | None = gamma_name) -> torch.Tensor:
+            gamma = None if gamma_name is None else checkpoint.read(gamma_name, (rank,))
+            return fold_kv_b(tensor, gamma, recipe.latent_rotation)
+
+        yield up.kv_b_proj.name, fold_b
+        if recipe.latent_rotation is not None:
+            fold_a = functools.partial(fold_kv_a, rank=rank, block=recipe.latent_rotation)
+            for leaf in ("weight", "bias"):
+                yield f"{prefix}kv_a_proj_with_mqa.{leaf}", fold_a
+
+
+def _table_dtype(
+    source: str, transforms: dict[str, Transform], config: MlaConfig
+) -> torch.dtype | None:
+    """The type of a tensor that stays in floating point; None: as stored."""
+    is_table = source == "model.embed_tokens.weight" or source.endswith(".kv_b_proj.weight")
+    if is_table and config.recipe.half_precision:
+        return torch.float16
+    return torch.float32 if source in transforms else None
+
+
+def _output_bytes(shape: tuple[int, ...], weight_format: WeightFormat | None) -> int:
+    """Bytes of a quantised matrix; 0 if it is not."""
+    if weight_format is None:
+        return 0
+    values = torch.Size(shape).numel()
+    zero_bytes = 1 if weight_format.zeros == "integer" else 2
+    return values * weight_format.bits // 8 + values // weight_format.group * (2 + zero_bytes)
+
+
+def _itemsize(checkpoint: Checkpoint, source: str, dtype: torch.dtype | None) -> int:
+    if dtype is not None:
+        return dtype.itemsize
+    info = checkpoint.info(source)
+    return info.bytes // max(1, torch.Size(info.shape).numel())
+
+
+def _skipped(
+    checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]], config: MlaConfig
+) -> dict[str, tuple[str, ...]]:
+    """Sort the tensors that the model does not use; those without a reason are an error."""
+    skipped: dict[str, list[str]] = {}
+    unknown = []
+    for name in checkpoint.tensors:
+        layer = _LAYER.match(name)
+        if name in expected:
+            continue
+        if layer and int(layer[1]) >= config.num_hidden_layers:
+            skipped.setdefault("multi-token prediction, which is not run", []).append(name)
+        elif name.endswith(_DERIVED):
+            skipped.setdefault("follows from config.json", []).append(name)
+        elif name == "lm_head.weight" and config.tie_word_embeddings:
+            skipped.setdefault("tied to the embedding", []).append(name)
+        else:
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(
+            f"{checkpoint.path} holds tensors that the model does not use",
+            found=f"{len(unknown)}, such as {unknown[0]}",
+            hint="check that config.json belongs to these weights",
+        )
+    return {reason: tuple(names) for reason, names in skipped.items()}

@@ -1,0 +1,252 @@
+"""`quantize_checkpoint`: from a Hugging Face checkpoint to a smaller one that says how it was made.
+
+The source is read and the output written tensor by tensor, so that memory does not grow with the
+model: about one shard (256 MiB) and one matrix are held.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import mla_deploy
+from mla_deploy.checkpoint import Checkpoint, ShardWriter, writing
+from mla_deploy.config import read_json_object
+from mla_deploy.errors import CheckpointError
+from mla_deploy.quant.options import QuantizeOptions, recipe_for
+from mla_deploy.quant.plan import Outcome, Plan, Step, make_plan
+from mla_deploy.quant.workspace import check_output, check_space, workspace
+from mla_deploy.recipe import RECIPE_KEY, Recipe
+
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+"""Files copied from the source, where it has them."""
+
+_ERRORS_FILE = "errors.jsonl"
+"""In the partial folder: the error of each matrix done, so that a resumed run can report them."""
+
+
+class Progress(Protocol):
+    """Told how far the work is; may be slow, so it is called once a tensor."""
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """`done` of `total` numbers are quantised, `what` is the tensor just finished."""
+
+
+@dataclass
+class KindReport:
+    """What became of one kind of matrix."""
+
+    tensors: int = 0
+    parameters: int = 0
+    source_bytes: int = 0
+    output_bytes: int = 0
+    squared_error: float = 0.0
+    squared_sum: float = 0.0
+
+    @property
+    def nmse(self) -> float | None:
+        """Squared error relative to the squared weights; None where nothing was quantised."""
+        return self.squared_error / self.squared_sum if self.squared_sum > 0 else None
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What `quantize_checkpoint` did."""
+
+    recipe: Recipe
+    source_bytes: int
+    """Of the source's tensors that are used, each once."""
+    output_bytes: int
+    """Of the tensors written."""
+    kinds: dict[str, KindReport]
+    skipped: dict[str, tuple[str, ...]]
+    """Tensors of the source that have no place in the output, by reason."""
+    resumed_bytes: int
+    """Written by an earlier, interrupted run."""
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        kinds = {
+            name: {
+                "tensors": kind.tensors,
+                "parameters": kind.parameters,
+                "source_bytes": kind.source_bytes,
+                "output_bytes": kind.output_bytes,
+                "nmse": kind.nmse,
+            }
+            for name, kind in self.kinds.items()
+        }
+        return {
+            "recipe": self.recipe.to_json(),
+            "source_bytes": self.source_bytes,
+            "output_bytes": self.output_bytes,
+            "kinds": kinds,
+            "skipped": {reason: len(names) for reason, names in self.skipped.items()},
+            "resumed_bytes": self.resumed_bytes,
+            "seconds": self.seconds,
+        }
+
+
+def quantize_checkpoint(
+    source: Path | str,
+    out: Path | str,
+    options: QuantizeOptions | None = None,
+    progress: Progress | None = None,
+    *,
+    force: bool = False,
+) -> QuantizeReport:
+    """Quantise a checkpoint into a new folder.
+
+    A killed run leaves `OUT.partial`, from which the same call goes on; a failed one leaves nothing.
+
+    Args:
+        source: folder of a Hugging Face checkpoint.
+        out: folder to make.
+        force: replace an earlier result. It stays until the new one is whole.
+
+    Raises:
+        ConfigError, CheckpointError: the source is broken or not supported.
+        UsageError: options that do not fit the model.
+        OutputError: the output exists, the disk is full, or an unfinished other job is in the way.
+    """
+    started = time.monotonic()
+    source, out = Path(source), Path(out)
+    options = options or QuantizeOptions()
+    checkpoint = Checkpoint(source)
+    raw_config = read_json_object(source / "config.json")
+    if raw_config.get(RECIPE_KEY) is not None:
+        raise CheckpointError(
+            f"{source} is quantised already", hint="quantize the checkpoint it was made from"
+        )
+    recipe = recipe_for(checkpoint.config, options)
+    plan = make_plan(checkpoint, replace(checkpoint.config, recipe=recipe))
+    check_output(source, out, force=force)
+    with workspace(out, _job(checkpoint, raw_config, options)) as folder:
+        run = _Run(checkpoint, plan, folder, progress)
+        run.weights()
+        _write_companions(source, folder, {**raw_config, RECIPE_KEY: recipe.to_json()})
+    return QuantizeReport(
+        recipe=recipe,
+        source_bytes=_source_bytes(checkpoint, plan),
+        output_bytes=plan.output_bytes,
+        kinds=run.kinds,
+        skipped=plan.skipped,
+        resumed_bytes=run.resumed_bytes,
+        seconds=time.monotonic() - started,
+    )
+
+
+@dataclass
+class _Run:
+    """Carries a plan out, from where an earlier run of it stopped."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    folder: Path
+    progress: Progress | None
+    kinds: dict[str, KindReport] = field(default_factory=dict)
+    resumed_bytes: int = 0
+
+    def weights(self) -> None:
+        """Write all tensors and the index."""
+        writer = ShardWriter(self.folder)
+        self.resumed_bytes = writer.done_bytes
+        check_space(self.folder, self.plan.output_bytes - writer.done_bytes)
+        errors_file = self.folder / _ERRORS_FILE
+        known_errors = _read_errors(errors_file)
+        total = sum(step.values for step in self.plan.steps)
+        done = 0
+        for step in self.plan.steps:
+            if writer.is_done(step.outputs[0]):
+                self._count(step, *known_errors.get(step.target, (0.0, 0.0)))
+            else:
+                outcome = step.run(self.checkpoint)
+                self._count(step, outcome.squared_error, outcome.squared_sum)
+                _append_error(errors_file, step, outcome)
+                writer.add_all(outcome.tensors)
+            done += step.values
+            if self.progress is not None:
+                self.progress(done, total, step.target)
+        writer.finish()
+        errors_file.unlink(missing_ok=True)
+
+    def _count(self, step: Step, squared_error: float, squared_sum: float) -> None:
+        kind = self.kinds.setdefault(step.kind, KindReport())
+        kind.tensors += 1
+        kind.parameters += step.values
+        kind.source_bytes += self.checkpoint.info(step.source).bytes
+        kind.output_bytes += step.output_bytes
+        kind.squared_error += squared_error
+        kind.squared_sum += squared_sum
+
+
+def _append_error(file: Path, step: Step, outcome: Outcome) -> None:
+    """Noted before the tensor's shard is written, so that no finished shard lacks its errors."""
+    if step.weight_format is None:
+        return
+    line = json.dumps([step.target, outcome.squared_error, outcome.squared_sum])
+    with writing(file.parent), file.open("a", encoding="utf-8") as handle:
+        handle.write(line + "\n")
+
+
+def _read_errors(file: Path) -> dict[str, tuple[float, float]]:
+    """What `_append_error` noted; the last line may have been cut off by a kill."""
+    errors = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            name, squared_error, squared_sum = json.loads(line)
+        except ValueError:
+            continue
+        errors[name] = (squared_error, squared_sum)
+    return errors
+
+
+def _write_companions(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
+    with writing(folder):
+        for name in COMPANIONS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def _job(
+    checkpoint: Checkpoint, raw_config: Mapping[str, Any], options: QuantizeOptions
+) -> dict[str, Any]:
+    """What must be equal for a repeated run to go on with the work of another."""
+    files = sorted({info.file for info in checkpoint.tensors.values()})
+    times = {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+    headers = sorted(
+        (name, info.file.name, info.dtype, info.shape) for name, info in checkpoint.tensors.items()
+    )
+    seen = json.dumps([times, headers, raw_config], sort_keys=True)
+    return {
+        "version": mla_deploy.__version__,
+        "source": str(checkpoint.path.resolve()),
+        "source_sha256": hashlib.sha256(seen.encode()).hexdigest(),
+        "options": dataclasses.asdict(options),
+    }
+
+
+def _source_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
+    skipped = {name for names in plan.skipped.values() for name in names}
+    return sum(info.bytes for name, info in checkpoint.tensors.items() if name not in skipped)

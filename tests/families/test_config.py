@@ -1,0 +1,88 @@
+"""Reading config.json: real files, unknown keys, values out of range."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla_deploy.config import load_config
+from mla_deploy.errors import ConfigError
+from mla_deploy.model import count_parameters
+from mla_deploy.rope import softmax_scale
+
+REAL = {
+    "deepseek-ai--DeepSeek-V2-Lite": 15.71e9,
+    "deepseek-ai--DeepSeek-V3": 671.0e9,
+    "deepseek-ai--DeepSeek-R1": 671.0e9,
+    "moonshotai--Kimi-K2-Instruct": 1026.4e9,
+}
+
+
+def changed(tiny_mla: Path, tmp_path: Path, **changes: Any) -> Path:
+    raw = json.loads((tiny_mla / "config.json").read_text()) | changes
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
+    return file
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_configs_have_the_published_size(shared: Path, name: str) -> None:
+    config = load_config(shared / "data" / "configs" / f"{name}_config.json")
+    assert count_parameters(config) == pytest.approx(REAL[name], rel=1e-3)
+
+
+def test_yarn_scales_the_softmax(shared: Path) -> None:
+    config = load_config(shared / "data/configs/deepseek-ai--DeepSeek-V2-Lite_config.json")
+    mscale = 0.1 * 0.707 * 3.6888794541139363 + 1  # ln 40
+    assert softmax_scale(config) == pytest.approx(192**-0.5 * mscale**2)
+
+
+def test_an_unknown_key_is_named(tiny_mla: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not known") as caught:
+        load_config(changed(tiny_mla, tmp_path, logit_softcapping=30.0))
+    assert caught.value.found == "logit_softcapping"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type is not known"),
+        ({"model_type": 5}, "model_type is not known"),
+        ({"kv_lora_rank": ...}, "kv_lora_rank is missing"),
+        ({"kv_lora_rank": "128"}, "kv_lora_rank has the wrong type"),
+        ({"kv_lora_rank": True}, "kv_lora_rank has the wrong type"),
+        ({"kv_lora_rank": 0}, "kv_lora_rank must be positive"),
+        ({"qk_rope_head_dim": 31}, "qk_rope_head_dim must be even"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads has a value that is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act has a value that is not supported"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok does not fit"),
+        ({"n_group": 3}, "multiple of n_group"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope scaling is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "factor is missing"),
+        ({"rope_parameters": {"rope_theta": 1e4, "truncate": False}}, "rope scaling has keys"),
+        ({"mla_deploy": {"version": 99}}, "recipe is of another version"),
+        ({"mla_deploy": {"version": 1, "colour": "red"}}, "recipe cannot be read"),
+        ({"mla_deploy": {"version": 1, "linear": {"bits": 5, "group": 64}}}, "this bits"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_bad_value_is_reported(
+    tiny_mla: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(changed(tiny_mla, tmp_path, **changes))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "\xff"], ids=range(5))
+def test_a_broken_file_is_reported(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError):
+        load_config(tmp_path)
+
+
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path)
