@@ -24,8 +24,8 @@ from mla_deploy.errors import CheckpointError, OutputError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-_REOPEN_BYTES = 256 << 20
-_SHARD_BYTES = 256 << 20
+_REOPEN_BYTES = 64 << 20
+_SHARD_BYTES = 128 << 20
 _MAX_HEADER_BYTES = 100 << 20
 _CHECK_VALUES = 1 << 20
 _FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}

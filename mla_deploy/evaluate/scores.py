@@ -111,6 +111,8 @@ def evaluate(
             agreement += int((found.argmax(-1) == expected.argmax(-1)).sum())
         if progress is not None:
             progress(part.offset + len(targets), len(corpus.ids), "")
+    if progress is not None:
+        progress(len(corpus.ids), len(corpus.ids), "")
     nats = np.concatenate(surprise)
     return Evaluation(
         tokens=len(nats),

@@ -1,0 +1,115 @@
+"""`mla-deploy quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mla_deploy.cli import table
+from mla_deploy.cli.options import PATH, force_option, output_option
+from mla_deploy.cli.reporter import Reporter, reporting
+
+if TYPE_CHECKING:
+    from mla_deploy.quant.quantize import QuantizeReport
+
+KINDS = {
+    "linear": "matrices",
+    "experts": "routed experts",
+    "embedding": "embedding",
+    "lm_head": "lm_head",
+    "other": "norms and others",
+}
+
+
+@click.command()
+@click.argument("model", type=PATH)
+@output_option
+@click.option(
+    "--kv",
+    default="int4",
+    show_default=True,
+    help="Cache: int4, int8, fp16, fp32 or an installed one.",
+)
+@click.option(
+    "--weights",
+    default="int4",
+    show_default=True,
+    help="Matrices: int4, int8 or none (as they are).",
+)
+@click.option(
+    "--group",
+    type=int,
+    help="Neighbours that share a scale: 32, 64 or 128. Default: 64, or 32 where 64 does not fit.",
+)
+@click.option(
+    "--zeros",
+    default="integer",
+    show_default=True,
+    help="integer: whole zeros, fast; exact: HQQ's real zeros, a little better and slower.",
+)
+@click.option("--experts", help="Routed experts: int4, int8 or none. Default: as --weights.")
+@click.option(
+    "--embedding",
+    help="Input table: fp16, int8, int4 or none. Default: fp16, or none where weights are none.",
+)
+@click.option(
+    "--lm-head",
+    help="Output matrix: int4, int8 or none. Default: int8, or none where weights are none.",
+)
+@click.option(
+    "--rotate/--no-rotate",
+    default=None,
+    help="Rotate the latent before it is cached. Default: for a 4-bit cache.",
+)
+@force_option
+@reporting
+def command(reporter: Reporter, model: Path, output: Path, force: bool, **options: Any) -> None:
+    """Make the checkpoint MODEL small: its weights, and the cache it will have.
+
+    Writes a checkpoint that says how it was made. A run that was killed goes on where it stopped
+    when it is repeated.
+    """
+    from mla_deploy.quant.options import QuantizeOptions
+    from mla_deploy.quant.quantize import quantize_checkpoint
+
+    chosen = QuantizeOptions(**options)
+    with reporter.progress("quantizing") as progress:
+        report = quantize_checkpoint(model, output, chosen, progress, force=force)
+    values = {"model": str(model), "output": str(output), **report.to_json()}
+    reporter.result(values, _text(output, report))
+
+
+def _text(output: Path, report: QuantizeReport) -> str:
+    rows = [
+        (
+            KINDS.get(name, name),
+            f"{kind.tensors:,}",
+            f"{kind.parameters:,}",
+            f"{kind.source_bytes:,}",
+            f"{kind.output_bytes:,}",
+            "-" if kind.nmse is None else f"{kind.nmse:.2e}",
+        )
+        for name, kind in report.kinds.items()
+    ]
+    head = ("weights", "tensors", "parameters", "bytes before", "bytes after", "relative error")
+    ratio = report.source_bytes / max(1, report.output_bytes)
+    entries = [
+        ("output", str(output)),
+        ("cache", report.recipe.cache_format),
+        (
+            "weights",
+            f"{table.size(report.source_bytes)} to {table.size(report.output_bytes)} "
+            f"({ratio:.2f}x smaller)",
+        ),
+        ("time", f"{report.seconds:.1f} s"),
+    ]
+    if report.recipe.latent_rotation is not None:
+        entries.insert(2, ("rotation", f"Hadamard blocks of {report.recipe.latent_rotation}"))
+    if report.resumed_bytes:
+        entries.append(("resumed", f"{report.resumed_bytes:,} bytes were there already"))
+    entries += [
+        ("left out", f"{len(names)} tensors: {reason}") for reason, names in report.skipped.items()
+    ]
+    return "\n".join([table.table(head, rows), "", table.pairs(entries)])
