@@ -255,8 +255,13 @@ def read_token_ids(value: Any) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list) else (value,)
 
 
-def read_moe(keys: ConfigReader, topk_method: str) -> MoeConfig | None:
-    """The mixture of experts, or None where the config has no routed experts."""
+def read_moe(
+    keys: ConfigReader, topk_method: str, *, norm_topk_prob: bool, first_k_dense_replace: int = 0
+) -> MoeConfig | None:
+    """The mixture of experts, or None where the config has no routed experts.
+
+    The keyword arguments are the family's defaults for keys that are missing.
+    """
     experts = keys.optional_integer("n_routed_experts")
     required = None if experts else 0
     moe = MoeConfig(
@@ -264,19 +269,25 @@ def read_moe(keys: ConfigReader, topk_method: str) -> MoeConfig | None:
         n_shared_experts=keys.optional_integer("n_shared_experts") or 0,
         num_experts_per_tok=keys.integer("num_experts_per_tok", required),
         moe_intermediate_size=keys.integer("moe_intermediate_size", required),
-        first_k_dense_replace=keys.integer("first_k_dense_replace", 0),
+        first_k_dense_replace=keys.integer("first_k_dense_replace", first_k_dense_replace),
         moe_layer_freq=keys.integer("moe_layer_freq", 1),
         n_group=keys.optional_integer("n_group") or 1,
         topk_group=keys.optional_integer("topk_group") or 1,
-        norm_topk_prob=bool(keys.get("norm_topk_prob")),
+        norm_topk_prob=keys.flag("norm_topk_prob", norm_topk_prob),
         routed_scaling_factor=keys.number("routed_scaling_factor", 1.0),
         topk_method=topk_method,
     )
     return moe if experts else None
 
 
-def read_common(keys: ConfigReader, moe: MoeConfig | None) -> MlaConfig:
-    """The keys that the MLA families share; the family adds what is its own with `replace`."""
+def read_common(
+    keys: ConfigReader, moe: MoeConfig | None, *, rms_norm_eps: float = 1e-6
+) -> MlaConfig:
+    """The keys that the MLA families share.
+
+    Args:
+        rms_norm_eps: the family's default.
+    """
     heads = keys.integer("num_attention_heads")
     keys.expect("num_key_value_heads", heads, None)
     keys.expect("hidden_act", "silu")
@@ -293,7 +304,7 @@ def read_common(keys: ConfigReader, moe: MoeConfig | None) -> MlaConfig:
         qk_nope_head_dim=keys.integer("qk_nope_head_dim"),
         qk_rope_head_dim=keys.integer("qk_rope_head_dim"),
         v_head_dim=keys.integer("v_head_dim"),
-        rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
+        rms_norm_eps=keys.number("rms_norm_eps", rms_norm_eps),
         latent_norm_eps=1e-6,
         max_position_embeddings=keys.integer("max_position_embeddings"),
         tie_word_embeddings=keys.flag("tie_word_embeddings", False),

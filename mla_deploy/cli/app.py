@@ -46,7 +46,7 @@ class CommandGroup(click.Group):
         reporter = Reporter(debug=bool(os.environ.get("MLA_DEPLOY_DEBUG")))
         extra.update(standalone_mode=False, obj=reporter)
         try:
-            status = super().main(arguments, prog_name or "mla-deploy", **extra)
+            status = super().main(arguments, "mla-deploy", **extra)
         except click.UsageError as error:
             # The options were not read, or not all of them.
             reporter.json = reporter.json or "--json" in arguments

@@ -15,17 +15,17 @@ class FillableSession:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._session = engine.session()
+        self.session = engine.session()
 
     def prefill(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        return self._session.prefill(ids)
+        return self.session.prefill(ids)
 
     def rewind(self, length: int) -> None:
-        self._session.rewind(length)
+        self.session.rewind(length)
 
     def fill_by_copies(self, length: int) -> None:
         """Grow to `length` tokens: whole pages are copied, in turn, into pages of their own."""
-        session, arena = self._session, self._engine._arena
+        session, arena = self.session, self._engine._arena
         held = session.length
         if held >= length:
             return

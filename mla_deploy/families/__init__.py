@@ -22,9 +22,10 @@ def families() -> dict[str, Family]:
     """Every family, by each `model_type` it answers to."""
     found: dict[str, Family] = {}
     for module in pkgutil.iter_modules(__path__):
-        contents = vars(importlib.import_module(f"{__name__}.{module.name}"))
-        for value in contents.values():
-            if isinstance(value, type) and issubclass(value, Family) and value is not Family:
+        name = f"{__name__}.{module.name}"
+        for value in vars(importlib.import_module(name)).values():
+            is_family = isinstance(value, type) and issubclass(value, Family)
+            if is_family and value.__module__ == name and value is not Family:
                 found.update(dict.fromkeys(value.model_types, value()))
     return found
 

@@ -32,7 +32,9 @@ class DeepseekV2(Family):
         keys.expect("scoring_func", "softmax")
         keys.expect("mlp_bias", False)
         keys.expect("topk_method", "greedy", "group_limited_greedy")
-        return read_common(keys, read_moe(keys, keys.text("topk_method", "greedy")))
+        return read_common(
+            keys, read_moe(keys, keys.text("topk_method", "greedy"), norm_topk_prob=False)
+        )
 
     def router(self, moe: MoeConfig, hidden: int, prefix: str) -> Router:
         return SoftmaxRouter(moe, hidden, prefix)

@@ -48,7 +48,7 @@ class DeepseekV3(Family):
         keys.expect("topk_method", "noaux_tc")
         keys.expect("scoring_func", "sigmoid")
         keys.expect("rope_interleave", True)
-        return read_common(keys, read_moe(keys, "noaux_tc"))
+        return read_common(keys, read_moe(keys, "noaux_tc", norm_topk_prob=True))
 
     def router(self, moe: MoeConfig, hidden: int, prefix: str) -> Router:
         return SigmoidRouter(moe, hidden, prefix)

@@ -12,21 +12,25 @@ from click.testing import CliRunner, Result
 
 from mla_deploy.cli import main
 
-Invoke = Callable[..., Result]
+
+@pytest.fixture
+def invoke() -> Callable[..., Result]:
+    """Run `mla-deploy` with these arguments, in this process."""
+    return _invoke
 
 
 @pytest.fixture
-def invoke() -> Invoke:
-    """Run `mla-deploy` with these arguments, in this process."""
-    return invoke_now
+def values_of() -> Callable[..., dict[str, Any]]:
+    """Run it with --json; the object that it printed."""
+    return _values_of
 
 
-def invoke_now(*arguments: object, **extra: Any) -> Result:
+def _invoke(*arguments: object, **extra: Any) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments], **extra)
 
 
-def done(result: Result) -> dict[str, Any]:
-    """The JSON object that a command printed."""
+def _values_of(*arguments: object, **extra: Any) -> dict[str, Any]:
+    result = _invoke(*arguments, "--json", **extra)
     assert result.exit_code == 0, result.output
     values: dict[str, Any] = json.loads(result.stdout)
     return values
@@ -36,7 +40,7 @@ def done(result: Result) -> dict[str, Any]:
 def quantized(tiny_mla: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny-mla in int4, weights and cache."""
     out = tmp_path_factory.mktemp("quantized") / "tiny-int4"
-    done(invoke_now("quantize", tiny_mla, "-o", out, "--json"))
+    _values_of("quantize", tiny_mla, "-o", out)
     return out
 
 
@@ -44,7 +48,7 @@ def quantized(tiny_mla: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of `quantized`."""
     out = tmp_path_factory.mktemp("bundle") / "tiny-int4"
-    done(invoke_now("export", quantized, "-o", out, "--json"))
+    _values_of("export", quantized, "-o", out)
     return out
 
 

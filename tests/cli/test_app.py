@@ -7,15 +7,16 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 
-from cli_support import Invoke
 from mla_deploy.cli.app import COMMANDS
 from mla_deploy.errors import ConfigError
 
+Invoke = Callable[..., Result]
 HEAVY = {"torch", "onnx", "onnxruntime", "transformers", "numpy", "pydantic", "tokenizers", "rich"}
 
 

@@ -134,9 +134,7 @@ def test_no_window_exceeds_the_shorter_context(model: PairScorer, tokenizer: Tok
 
 def test_progress_ends_at_the_number_of_tokens(model: PairScorer) -> None:
     calls: list[tuple[int, int]] = []
-    evaluate(
-        model, TEXT, window=8, progress=lambda done, total, _: calls.append((done, total))
-    )
+    evaluate(model, TEXT, window=8, progress=lambda done, total, _: calls.append((done, total)))
     assert calls[-1][0] == calls[-1][1] == len(model.tokenizer.encode(TEXT))
     assert calls == sorted(calls)
 

@@ -18,6 +18,7 @@ REAL = {
     "deepseek-ai--DeepSeek-V3": 671.0e9,
     "deepseek-ai--DeepSeek-R1": 671.0e9,
     "moonshotai--Kimi-K2-Instruct": 1026.4e9,
+    "zai-org--GLM-4.7-Flash": 29.94e9,
 }
 
 

@@ -57,6 +57,17 @@ def test_variants_equal_transformers(
         assert relative_error(found, transformers_logits(theirs, ids[0])) < 1e-4
 
 
+@pytest.mark.parametrize(("family", "moe"), [("glm4_moe_lite", True), ("youtu", False)])
+def test_families_like_deepseek_v3_equal_transformers(
+    tmp_path: Path, family: str, moe: bool
+) -> None:
+    theirs = random_model(family, moe=moe, yarn=True, q_lora=True)
+    save_checkpoint(theirs, tmp_path, None)
+    ids = torch.randint(VOCAB, (1, 100))
+    found = forward_window(load_model(tmp_path), load_config(tmp_path), ids)[0]
+    assert relative_error(found, transformers_logits(theirs, ids[0])) < 1e-4
+
+
 def test_greedy_routing_equals_transformers(tmp_path: Path) -> None:
     theirs = random_model("deepseek_v2", moe=True, yarn=True, q_lora=False, topk_method="greedy")
     save_checkpoint(theirs, tmp_path, None)

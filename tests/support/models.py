@@ -16,7 +16,11 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
     PreTrainedModel,
+    YoutuConfig,
+    YoutuForCausalLM,
 )
 
 VOCAB = 192
@@ -30,11 +34,18 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 0.8,
 }
+CLASSES: dict[str, Any] = {
+    "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
+    "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+    "glm4_moe_lite": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM),
+    "youtu": (YoutuConfig, YoutuForCausalLM),
+}
+YOUTU_KEYS = set(YoutuConfig().to_dict()) | {"attn_implementation"}
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 def random_model(family: str, *, moe: bool, yarn: bool, q_lora: bool, **changes: Any) -> Any:
-    """A random DeepSeek model of two to three layers in float32."""
+    """A random model of two to three layers in float32, of the family that a model_type names."""
     settings: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 96,
@@ -62,12 +73,16 @@ def random_model(family: str, *, moe: bool, yarn: bool, q_lora: bool, **changes:
     }
     if family == "deepseek_v2":
         settings |= {"topk_method": "group_limited_greedy", "routed_scaling_factor": 1.7}
-        kinds: Any = (DeepseekV2Config, DeepseekV2ForCausalLM)
     else:
         settings |= {"norm_topk_prob": True, "routed_scaling_factor": 2.5}
-        kinds = (DeepseekV3Config, DeepseekV3ForCausalLM)
-    config = kinds[0](**settings | changes)
-    model = kinds[1](config).eval()
+    settings |= changes
+    if family == "glm4_moe_lite":
+        dense = settings["first_k_dense_replace"]
+        settings["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (3 - dense)
+    if family == "youtu":
+        settings = {name: value for name, value in settings.items() if name in YOUTU_KEYS}
+    config_class, model_class = CLASSES[family]
+    model = model_class(config_class(**settings)).eval()
     randomize(model)
     return model
 

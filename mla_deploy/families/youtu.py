@@ -1,0 +1,17 @@
+"""Youtu-LLM: DeepSeek-V3's attention with dense feed-forward blocks."""
+
+from __future__ import annotations
+
+from mla_deploy.config import ConfigReader, MlaConfig, read_common
+from mla_deploy.families.base import Family
+
+
+class Youtu(Family):
+    """Dense throughout."""
+
+    model_types = ("youtu",)
+
+    def read_config(self, keys: ConfigReader) -> MlaConfig:
+        keys.expect("rope_interleave", True)
+        keys.get("embedding_initializer_range")  # training only
+        return read_common(keys, moe=None)
