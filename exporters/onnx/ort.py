@@ -172,7 +172,6 @@ def _moe(
         stored(c, down),
         domain=CONTRIB,
         k=top_k,
-        normalize_routing_weights=1,
         **_SWIGLU_ATTRIBUTES,
     )
     total = op("ReduceSum", chosen_weights, c.builder.constant([-1]), keepdims=1)  # [T, 1]
