@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ABSBIN := $(CURDIR)/$(BIN)
 EXTRAS := dev,cpu,hqq,eval
-BUILD_REQUIREMENTS := cmake ninja nanobind nanobind-backend scikit-build-core
+BUILD_REQUIREMENTS := cmake ninja nanobind nanobind-backend nlohmann-json scikit-build-core
 
 # Two stamps: what is installed, and what is compiled, so that an edited C++ file costs seconds.
 PACKAGES := $(VENV)/.packages

@@ -6,12 +6,10 @@ Nothing here ever holds more than a few tensors: reading opens a file anew after
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mla_deploy.config import MlaConfig, load_config, read_json_object
-from mla_deploy.errors import CheckpointError, OutputError
+from mla_deploy.errors import CheckpointError
+from mla_deploy.output import writing
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -208,20 +207,6 @@ class ShardWriter:
         self._pending_bytes = 0
 
 
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn the system's errors of writing into `folder` into an OutputError."""
-    try:
-        yield
-    except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise OutputError(
-            f"{folder} cannot be written",
-            found=error.strerror or error,
-            hint="free some space or choose another disk" if is_full else None,
-        ) from None
-
-
 def _save(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
     """Write a safetensors file straight from the tensors' memory.
 
@@ -268,9 +253,16 @@ def _weight_files(folder: Path) -> Iterator[Path]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index} has no weight_map", hint="get the file again")
+    for name in weight_map.values():
+        is_plain = isinstance(name, str) and Path(name).name == name not in ("", "..")
+        if not is_plain:
+            raise CheckpointError(
+                f"{index} names a file outside its folder",
+                found=name,
+                allowed="plain file names",
+                hint="get the file again, from a source you trust",
+            )
     for name in sorted(set(weight_map.values())):
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index} names a file outside its folder", found=name)
         shard = folder / name
         if not shard.exists():
             missing = [tensor for tensor, file in weight_map.items() if file == name]

@@ -55,6 +55,8 @@ class Tokenizer:
         templates: Mapping[str, str],
         origin: Path,
     ) -> None:
+        tokenizer.no_truncation()  # some files ask for either; a prompt is taken as it is
+        tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._templates = templates
         self._origin = origin
@@ -68,10 +70,9 @@ class Tokenizer:
             for token_id, token in tokenizer.get_added_tokens_decoder().items()
             if token.special
         )
-        # As in transformers: the flags, where given, replace what tokenizer.json would add.
-        self._explicit_ends = {"add_bos_token", "add_eos_token"} & config.keys() != set()
-        self._add_bos = bool(config.get("add_bos_token"))
-        self._add_eos = bool(config.get("add_eos_token"))
+        before, after = self._ends_in_file()
+        self._before = _flagged(before, self.bos_token_id, config.get("add_bos_token"))
+        self._after = _flagged(after, self._named("eos_token"), config.get("add_eos_token"))
 
     @classmethod
     def open(cls, source: Path | str | Bundle) -> Tokenizer:
@@ -115,27 +116,22 @@ class Tokenizer:
 
         Args:
             add_special_tokens: put around it what the files ask for, usually one token that starts
-                a text. Leave it out for a rendered chat, which spells those tokens itself.
+                a text: the flags `add_bos_token` and `add_eos_token`, where tokenizer_config.json
+                has them, else the post-processor of tokenizer.json. Leave it out for a rendered
+                chat, which spells those tokens itself.
 
         Raises:
             TokenizerError: the text is not valid Unicode.
         """
         try:
-            from_file = add_special_tokens and not self._explicit_ends
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=from_file).ids
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
             raise TokenizerError(
                 "a text that is not valid Unicode cannot be encoded",
                 found=ascii(text[:40]),
                 hint="read the text as UTF-8",
             ) from None
-        if add_special_tokens and self._explicit_ends:
-            if self._add_bos and self.bos_token_id is not None:
-                ids = [self.bos_token_id, *ids]
-            eos = self._named("eos_token")
-            if self._add_eos and eos is not None:
-                ids = [*ids, eos]
-        return ids
+        return [*self._before, *ids, *self._after] if add_special_tokens else ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -232,6 +228,16 @@ class Tokenizer:
             )
         return token_id
 
+    def _ends_in_file(self) -> tuple[list[int], list[int]]:
+        """What tokenizer.json puts before and after every text."""
+        bare = self._tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+        for start in range(len(whole) - len(bare) + 1):
+            end = start + len(bare)
+            if whole[start:end] == bare:
+                return whole[:start], whole[end:]
+        return [], []
+
     def _eos_token_ids(self, generation_config: Mapping[str, Any]) -> tuple[int, ...]:
         listed = generation_config.get("eos_token_id")
         ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
@@ -250,8 +256,8 @@ class StreamDecoder:
     """Decodes a text token by token: every character comes out with the token that completes it.
 
     A character may be spread over several tokens; its bytes wait here until it is whole. Bytes that
-    cannot become a character any more come out as U+FFFD at once. What was put out so far is
-    always a prefix of `Tokenizer.decode` of the tokens so far.
+    cannot become a character any more come out as U+FFFD, with the next byte at the latest. What
+    was put out so far is always a prefix of `Tokenizer.decode` of the tokens so far.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
@@ -424,6 +430,14 @@ def _render(template: str, variables: Mapping[str, Any], origin: Path) -> str:
             found=f"{type(error).__name__}: {error}",
             hint="look at the roles and fields that the template reads",
         ) from None
+
+
+def _flagged(ids: list[int], token_id: int | None, flag: object) -> list[int]:
+    """The ids with or without the token, as the flag says if there is one."""
+    if not isinstance(flag, bool) or token_id is None:
+        return ids
+    others = [other for other in ids if other != token_id]
+    return [token_id, *others] if flag else others
 
 
 def _templates(config: Mapping[str, Any], file_text: str | None) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Changes of the attention weights that cost nothing at run time and change no result.
 
-The latent is `c = RMSNorm(W_kv_a x)`, times gamma, and is read by `W_kv_b`. Two things move from the
-latent into the weights, so that what is cached quantises well:
+The latent is `c = RMSNorm(W_kv_a x)`, times gamma, and is read by `W_kv_b`. Two things move from
+the latent into the weights, so that what is cached quantises well:
 
 - gamma into the columns of `W_kv_b`: the cached latent then has unit RMS;
 - an orthogonal matrix R between both: `W_kv_a -> R W_kv_a`, `W_kv_b -> W_kv_b R^T`. RMSNorm without
@@ -26,7 +26,7 @@ def hadamard_block(rank: int) -> int:
 def rotate_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
     """Multiply each block of neighbours along the last axis by the orthonormal Hadamard matrix.
 
-    The matrix is symmetric and its own inverse, so this is `x R`, `x R^T` and their undoing at once.
+    The matrix is symmetric and its own inverse, so this is `x R`, `x R^T` and their inverse.
 
     Shapes: x [..., n * block], to the same, in float32.
     """
@@ -44,9 +44,7 @@ def fold_kv_a(weight: torch.Tensor, rank: int, block: int) -> torch.Tensor:
     return torch.cat((latent, rows[..., rank:]), dim=-1).movedim(-1, 0).contiguous()
 
 
-def fold_kv_b(
-    weight: torch.Tensor, gamma: torch.Tensor | None, block: int | None
-) -> torch.Tensor:
+def fold_kv_b(weight: torch.Tensor, gamma: torch.Tensor | None, block: int | None) -> torch.Tensor:
     """`kv_b_proj` with the gamma of the latent's norm in its columns, and these rotated.
 
     Shapes: weight [heads * (nope + v), rank], gamma [rank], to the shape of weight, in float32.

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 from mla_deploy.cache import cache_record
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import UsageError
-from mla_deploy.model import build, unquantized
+from mla_deploy.model import build
 from mla_deploy.modules.decoder import Decoder
 from mla_deploy.modules.linear import Embedding, Linear
 from mla_deploy.modules.mlp import Experts
@@ -98,7 +98,13 @@ def recipe_for(config: MlaConfig, options: QuantizeOptions) -> Recipe:
     for matrix in matrices(build(replace(config, recipe=recipe))):
         columns.setdefault(matrix.kind, {})[matrix.name] = matrix.columns
     formats = {kind: _weight_format(options, kind, inputs) for kind, inputs in columns.items()}
-    return replace(recipe, **formats)
+    return replace(
+        recipe,
+        linear=formats.get("linear"),
+        experts=formats.get("experts"),
+        embedding=formats.get("embedding"),
+        lm_head=formats.get("lm_head"),
+    )
 
 
 class Matrix(NamedTuple):

@@ -18,7 +18,7 @@ from mla_deploy.modules.base import checkpoint_shapes
 from mla_deploy.modules.decoder import Decoder
 from mla_deploy.packing import SUFFIXES
 from mla_deploy.quant.fold import fold_kv_a, fold_kv_b
-from mla_deploy.quant.options import matrices
+from mla_deploy.quant.options import Matrix, matrices
 from mla_deploy.quant.weights import quantize_matrix
 from mla_deploy.recipe import WeightFormat
 from mla_deploy.sources import UpProjection
@@ -87,7 +87,7 @@ class Step:
 
     def _converted(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.dtype is None:
-            return tensor
+            return tensor.clone()  # a view would keep the mapped file in memory until it is written
         largest = float(tensor.abs().max())
         if largest > torch.finfo(self.dtype).max:
             raise CheckpointError(
@@ -123,7 +123,10 @@ def make_plan(checkpoint: Checkpoint, config: MlaConfig) -> Plan:
     expected = checkpoint_shapes(original)
     checkpoint.check(expected)
     target = build(config)
-    kinds = {matrix.name: matrix for matrix in matrices(target)}
+    # A tied table is met twice, first as the embedding.
+    kinds: dict[str, Matrix] = {}
+    for found in matrices(target):
+        kinds.setdefault(found.name, found)
     transforms = dict(_transforms(checkpoint, target, config))
     steps: dict[str, Step] = {}
     for name, shape in checkpoint_shapes(target).items():

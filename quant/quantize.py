@@ -1,7 +1,7 @@
 """`quantize_checkpoint`: from a Hugging Face checkpoint to a smaller one that says how it was made.
 
 The source is read and the output written tensor by tensor, so that memory does not grow with the
-model: about one shard (256 MiB) and one matrix are held.
+model: about one shard (128 MiB) and one matrix are held.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import mla_deploy
-from mla_deploy.checkpoint import Checkpoint, ShardWriter, writing
+from mla_deploy.checkpoint import Checkpoint, ShardWriter
 from mla_deploy.config import read_json_object
-from mla_deploy.errors import CheckpointError
+from mla_deploy.errors import CheckpointError, ConfigError
+from mla_deploy.output import check_output, check_space, writing
 from mla_deploy.quant.options import QuantizeOptions, recipe_for
 from mla_deploy.quant.plan import Outcome, Plan, Step, make_plan
-from mla_deploy.quant.workspace import check_output, check_space, workspace
+from mla_deploy.quant.workspace import workspace
 from mla_deploy.recipe import RECIPE_KEY, Recipe
 
 COMPANIONS = (
@@ -116,7 +117,7 @@ def quantize_checkpoint(
 ) -> QuantizeReport:
     """Quantise a checkpoint into a new folder.
 
-    A killed run leaves `OUT.partial`, from which the same call goes on; a failed one leaves nothing.
+    A killed run leaves `OUT.partial`, from which the same call goes on; a failed one nothing.
 
     Args:
         source: folder of a Hugging Face checkpoint.
@@ -139,7 +140,7 @@ def quantize_checkpoint(
         )
     recipe = recipe_for(checkpoint.config, options)
     plan = make_plan(checkpoint, replace(checkpoint.config, recipe=recipe))
-    check_output(source, out, force=force)
+    check_output(source, out, _is_ours, force=force)
     with workspace(out, _job(checkpoint, raw_config, options)) as folder:
         run = _Run(checkpoint, plan, folder, progress)
         run.weights()
@@ -205,11 +206,11 @@ def _append_error(file: Path, step: Step, outcome: Outcome) -> None:
         return
     line = json.dumps([step.target, outcome.squared_error, outcome.squared_sum])
     with writing(file.parent), file.open("a", encoding="utf-8") as handle:
-        handle.write(line + "\n")
+        handle.write(f"\n{line}")  # a new line first: a kill may have cut off the last one
 
 
 def _read_errors(file: Path) -> dict[str, tuple[float, float]]:
-    """What `_append_error` noted; the last line may have been cut off by a kill."""
+    """What `_append_error` noted; a line may have been cut off by a kill."""
     errors = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:
@@ -227,6 +228,13 @@ def _write_companions(source: Path, folder: Path, config: Mapping[str, Any]) -> 
                 shutil.copyfile(source / name, folder / name)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def _is_ours(out: Path) -> bool:
+    try:
+        return RECIPE_KEY in read_json_object(out / "config.json")
+    except ConfigError:
+        return False
 
 
 def _job(

@@ -14,6 +14,7 @@ tokenizer), because a bundle is run where neither torch nor transformers is inst
 
 from mla_deploy.runtime.engine import Engine, load
 from mla_deploy.runtime.generation import Event, FinishReason, Generation, GenerationResult
+from mla_deploy.runtime.ops import Kernels, ops_library
 from mla_deploy.runtime.options import GenerationOptions
 from mla_deploy.runtime.session import Session
 from mla_deploy.runtime.statistics import Statistics
@@ -25,7 +26,9 @@ __all__ = [
     "Generation",
     "GenerationOptions",
     "GenerationResult",
+    "Kernels",
     "Session",
     "Statistics",
     "load",
+    "ops_library",
 ]

@@ -30,6 +30,7 @@ def load(
     prefill_chunk: int = PREFILL_CHUNK,
     threads: int | None = None,
     spin: bool = True,
+    kernels: str = "auto",
     verify: bool = False,
 ) -> Engine:
     """Load a bundle.
@@ -41,11 +42,14 @@ def load(
         prefill_chunk: new tokens that go through the graph at once; bounds the memory of a prefill.
         threads: that compute; None: one a physical core.
         spin: waiting threads poll for a moment before they sleep: faster, and costs power.
+        kernels: of latent attention. "native": our operator library; "stock": what onnxruntime has;
+            "auto": native where it can be had. `Engine.kernels` says what it became, and why.
         verify: check the sha256 of large files too.
 
     Raises:
         BundleError: the folder is no bundle, or is damaged.
-        UsageError: an option outside its range, or onnxruntime is not installed.
+        UsageError: an option outside its range, onnxruntime is not installed, or kernels are asked
+            for that this installation does not have.
     """
     for name, value in (
         ("max_tokens", max_tokens),
@@ -55,7 +59,7 @@ def load(
         if value is not None and (not isinstance(value, int) or value < 1):
             raise UsageError(f"{name} is out of range", found=value, allowed="1 or more")
     opened = Bundle.open(bundle, verify=verify)
-    graph = DecoderGraph(opened, threads=threads, spin=spin)
+    graph = DecoderGraph(opened, threads=threads, spin=spin, kernels=kernels)
     if max_tokens is None:
         max_tokens = opened.manifest.model.max_position_embeddings
     return Engine(opened, graph, PageArena(opened.manifest.cache, max_tokens), prefill_chunk)
@@ -71,6 +75,7 @@ class Engine:
         capacity_tokens: tokens that the cache holds, of all sessions together.
         kv_bytes_per_token: bytes of cache for one token in all layers, scales and zeros included,
             counted on the arrays themselves.
+        kernels: what computes latent attention.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class Engine:
         self._prefill_chunk = prefill_chunk
         self.capacity_tokens = arena.capacity_tokens
         self.kv_bytes_per_token = arena.page_bytes / arena.page_tokens
+        self.kernels = graph.kernels
         graph.bind_cache(arena.arrays)
 
     @functools.cached_property

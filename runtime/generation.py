@@ -59,7 +59,7 @@ class GenerationResult:
 class Generation(Iterator[Event]):
     """A generation under way: an iterator of events, made by `Engine.stream`.
 
-    To leave early, stop asking for events; `close`, the end of a `with` or of the object's life
+    To leave early, stop asking for events: `close`, the end of a `with`, or dropping the object
     frees a session of its own.
     """
 
@@ -70,24 +70,11 @@ class Generation(Iterator[Event]):
         options: GenerationOptions,
         session: Session | None,
     ) -> None:
-        self._engine = engine
-        self._prompt = list(prompt)
-        self._options = options
-        self._decoder = engine.tokenizer.stream() if engine.has_tokenizer or options.stop else None
-        self._stops = StopStrings(options.stop)
-        self._tokens: list[int] = []
-        self._text: list[str] = []
-        self._finish_reason: FinishReason | None = None
-        self._reused = 0
-        self._prefill_seconds = 0.0
-        self._decode_seconds = 0.0
-        self._cache_bytes = 0
         if session is not None:
             session.check_open()
-        self._events = self._run(session)
-
-    def __iter__(self) -> Iterator[Event]:
-        return self
+        self._loop = _Loop(engine, prompt, options)
+        # The events know the loop but not this object: no cycle delays freeing the session.
+        self._events = self._loop.events(session)
 
     def __next__(self) -> Event:
         return next(self._events)
@@ -110,6 +97,28 @@ class Generation(Iterator[Event]):
     @property
     def result(self) -> GenerationResult:
         """What was made so far."""
+        return self._loop.result()
+
+
+class _Loop:
+    """The state of a generation, and the loop over its tokens."""
+
+    def __init__(self, engine: Engine, prompt: Sequence[int], options: GenerationOptions) -> None:
+        self._engine = engine
+        self._prompt = list(prompt)
+        self._options = options
+        needs_text = engine.has_tokenizer or options.stop
+        self._decoder = engine.tokenizer.stream() if needs_text else None
+        self._stops = StopStrings(options.stop)
+        self._tokens: list[int] = []
+        self._text: list[str] = []
+        self._finish_reason: FinishReason | None = None
+        self._reused = 0
+        self._prefill_seconds = 0.0
+        self._decode_seconds = 0.0
+        self._cache_bytes = 0
+
+    def result(self) -> GenerationResult:
         statistics = Statistics(
             prompt_tokens=len(self._prompt),
             reused_tokens=self._reused,
@@ -122,7 +131,7 @@ class Generation(Iterator[Event]):
             tuple(self._tokens), "".join(self._text), self._finish_reason, statistics
         )
 
-    def _run(self, session: Session | None) -> Generator[Event, None, None]:
+    def events(self, session: Session | None) -> Generator[Event, None, None]:
         with contextlib.ExitStack() as stack:
             if session is None:
                 session = stack.enter_context(self._engine.session())
@@ -163,5 +172,7 @@ class Generation(Iterator[Event]):
             self._finish_reason = "context"
         if self._decoder is not None and self._finish_reason is not None:
             text += self._stops.push(self._decoder.finish()) + self._stops.finish()
+            if self._stops.stopped:  # perhaps by the replacement of half a character
+                self._finish_reason = "stop"
         self._text.append(text)
         return Event(token, text, self._finish_reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from mla_deploy.bundle import Bundle
 from mla_deploy.errors import BundleError, UsageError
 from mla_deploy.runtime.arena import Array
+from mla_deploy.runtime.ops import Kernels, choose
 
 FEEDS = ("input_ids", "past_lengths", "new_lengths", "block_table", "logit_index")
 
@@ -27,22 +29,42 @@ class DecoderGraph:
     into the memory it reads, and nothing of the cache is copied from step to step.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int | None, spin: bool) -> None:
+    def __init__(
+        self, bundle: Bundle, *, threads: int | None, spin: bool, kernels: str = "auto"
+    ) -> None:
         """Load the graph.
 
         Args:
             threads: that compute; None leaves the choice to onnxruntime (one a physical core).
             spin: waiting threads poll for a moment before they sleep: faster, and costs power.
+            kernels: "native": those of the operator library; "stock": onnxruntime's own; "auto":
+                native where it can be had. The attribute `kernels` says what it became.
 
         Raises:
-            UsageError: onnxruntime is not installed.
+            UsageError: onnxruntime is not installed, or has no kernels of that kind.
             BundleError: onnxruntime cannot load the graph, or it is not the manifest's.
         """
         self._ort = _onnxruntime()
         path = bundle.file(bundle.manifest.graph.path)
+        self.kernels = choose(kernels)
         try:
-            self._session = self._ort.InferenceSession(
-                str(path), self._session_options(threads, spin), providers=["CPUExecutionProvider"]
+            self._session = self._open(path, threads, spin)
+        except BundleError as error:  # such as a cache format that the library does not know
+            if kernels != "auto" or self.kernels.library is None:
+                raise
+            self.kernels = Kernels(None, error.found or error.what)
+            self._session = self._open(path, threads, spin)
+        self._vocab_size = bundle.manifest.model.vocab_size
+        _check_signature(bundle, self._session)
+        self._binding = self._session.io_binding()
+
+    def _open(self, path: Path, threads: int | None, spin: bool) -> Any:
+        options = self._session_options(threads, spin)
+        try:
+            if self.kernels.library is not None:
+                options.register_custom_ops_library(str(self.kernels.library))
+            return self._ort.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime has one exception class a status, all of Exception
             raise BundleError(
@@ -50,9 +72,6 @@ class DecoderGraph:
                 found=str(error).splitlines()[0],
                 hint="export the model again, or use a newer onnxruntime",
             ) from None
-        self._vocab_size = bundle.manifest.model.vocab_size
-        _check_signature(bundle, self._session)
-        self._binding = self._session.io_binding()
 
     def _session_options(self, threads: int | None, spin: bool) -> Any:
         options = self._ort.SessionOptions()
@@ -61,7 +80,6 @@ class DecoderGraph:
         if threads is not None:
             options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
-        # The library of our own operators is registered here, once there is one.
         return options
 
     def bind_cache(self, arrays: Mapping[str, Array]) -> None:

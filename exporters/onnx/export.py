@@ -13,6 +13,7 @@ import onnx_ir as ir
 from mla_deploy import __version__
 from mla_deploy.bundle import (
     FORMAT_VERSION,
+    MANIFEST,
     CacheInfo,
     CachePartInfo,
     GraphInfo,
@@ -31,7 +32,7 @@ from mla_deploy.exporters.onnx.attention_function import OPSET
 from mla_deploy.exporters.onnx.graph import build_graph
 from mla_deploy.exporters.onnx.weights import Progress, write_external_data
 from mla_deploy.model import count_parameters
-from mla_deploy.output import new_folder
+from mla_deploy.output import check_output, check_space, new_folder, writing
 
 GRAPH_FILE = "model.onnx"
 TOKENIZER_FILES = (
@@ -67,26 +68,28 @@ def export_onnx(
     checkpoint = Checkpoint(source)
     config = checkpoint.config
     require_tokenizer(source)
-    with new_folder(out, force=force) as folder:
-        graph = build_graph(config, checkpoint)
+    check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
+    graph = build_graph(config, checkpoint)
+    initializers = list(graph.builder.initializers.values())
+    check_space(out.parent, sum(one.nbytes for one in initializers))
+    with new_folder(out) as folder:
         data = folder / f"{GRAPH_FILE}.data"
-        weights = write_external_data(
-            list(graph.builder.initializers.values()), data, checkpoint.read, progress
-        )
+        weights = write_external_data(initializers, data, checkpoint.read, progress)
         for name, tensor in weights.items():
             graph.builder.initializer_value(name).const_value = tensor
-        _save(graph.model, folder / GRAPH_FILE)
-        names = [GRAPH_FILE, data.name, *copy_tokenizer(source, folder)]
-        manifest = Manifest(
-            version=FORMAT_VERSION,
-            producer=f"mla-deploy {__version__}",
-            model=model_info(config),
-            graph=GraphInfo(path=GRAPH_FILE, backend="onnx", lowering=ort.NAME, opset=OPSET),
-            cache=cache_info(config),
-            recipe=config.recipe.to_json(),
-            files=[describe_file(folder, name) for name in names],
-        )
-        write_manifest(folder, manifest)
+        with writing(folder):
+            _save(graph.model, folder / GRAPH_FILE)
+            names = [GRAPH_FILE, data.name, *copy_tokenizer(source, folder)]
+            manifest = Manifest(
+                version=FORMAT_VERSION,
+                producer=f"mla-deploy {__version__}",
+                model=model_info(config),
+                graph=GraphInfo(path=GRAPH_FILE, backend="onnx", lowering=ort.NAME, opset=OPSET),
+                cache=cache_info(config),
+                recipe=config.recipe.to_json(),
+                files=[describe_file(folder, name) for name in names],
+            )
+            write_manifest(folder, manifest)
         size = sum(file.stat().st_size for file in folder.iterdir())
     record = cache_record(config.recipe.cache_format)
     per_layer = record.bytes_per_token(config.kv_lora_rank, config.qk_rope_head_dim)

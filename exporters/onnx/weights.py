@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 
 from mla_deploy.exporters.onnx.builder import Chunks, Initializer
+from mla_deploy.output import writing
 from mla_deploy.sources import Read, Source
 
 _PAGE = 4096
@@ -78,13 +79,13 @@ def write_external_data(
     tensors: dict[str, ir.ExternalTensor] = {}
     total = sum(one.nbytes for one in initializers)
     done = 0
-    with file.open("wb") as out:
+    with writing(file.parent), file.open("wb") as out:
         for one in initializers:
             boundary = _PAGE if one.nbytes >= _PAGE else _LINE
             out.write(bytes(-out.tell() % boundary))
             offset = out.tell()
             for chunk in one.chunks(read):
-                chunk.contiguous().numpy().tofile(out)
+                out.write(chunk.contiguous().flatten().view(torch.uint8).numpy().data)
                 if progress is not None:
                     progress(done + out.tell() - offset, total, one.name)
             if out.tell() - offset != one.nbytes:

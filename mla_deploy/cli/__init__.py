@@ -5,7 +5,8 @@ heavy parts inside their bodies, so that `mla-deploy --help` loads neither torch
 
 What all commands share (`app`, `reporter`):
 
-- exit codes: 0 done, 2 something the user can mend, 1 a bug of ours, 130 stopped with Ctrl-C;
+- exit codes: 0 done, 2 something the user can mend, 1 a bug of ours, 130 stopped with Ctrl-C, 141
+  the reader of standard output left;
 - `--json`: standard output holds exactly one JSON object, the result or, after a failure,
   `{"error": {"kind", "what", "found", "allowed", "next", "exit_code"}}`; messages and progress go
   to standard error with and without it;

@@ -19,12 +19,14 @@ from mla_deploy.errors import MlaError
 COMMANDS = ("inspect", "quantize", "export", "run", "eval", "bench")
 """In the order of the work. Each is `mla_deploy.cli.NAME.command`."""
 
-USERS_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+USERS_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 """What only the user can mend: a full or closed disk."""
 
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
+EXIT_CLOSED_PIPE = 141
+"""As a shell shows a program that wrote to a pipe nobody reads any more."""
 
 
 class CommandGroup(click.Group):
@@ -47,6 +49,8 @@ class CommandGroup(click.Group):
         extra.update(standalone_mode=False, obj=reporter)
         try:
             status = super().main(arguments, "mla-deploy", **extra)
+        except SystemExit:  # click's answer to a closed pipe, with the status of a bug
+            sys.exit(EXIT_CLOSED_PIPE)
         except click.UsageError as error:
             # The options were not read, or not all of them.
             reporter.json = reporter.json or "--json" in arguments

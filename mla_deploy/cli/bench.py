@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mla_deploy.cli import table
-from mla_deploy.cli.options import PATH, Depths, threads_option
+from mla_deploy.cli.options import PATH, Depths, kernels_option, threads_option
 from mla_deploy.cli.reporter import Reporter, reporting
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     help="Of each measurement; the median is given.",
 )
 @threads_option
+@kernels_option
 @reporting
 def command(
     reporter: Reporter,
@@ -59,6 +60,7 @@ def command(
     max_tokens: int,
     repetitions: int,
     threads: int | None,
+    kernels: str | None,
 ) -> None:
     """Time prefill and decode of BUNDLE at several depths of context.
 
@@ -73,7 +75,9 @@ def command(
     context = model.max_position_embeddings
     new_tokens = max(prompt_tokens, max_tokens)
     check_depths(depths, context, new_tokens)
-    engine = load(bundle, max_tokens=max(depths) + new_tokens, threads=threads)
+    engine = load(
+        bundle, max_tokens=max(depths) + new_tokens, threads=threads, kernels=kernels or "auto"
+    )
     with reporter.progress("measuring") as progress:
         found = measure_speed(
             lambda: FillableSession(engine),
@@ -87,6 +91,7 @@ def command(
         )
     values = {
         "bundle": str(bundle),
+        "kernels": engine.kernels.name,
         "threads": threads,
         "prompt_tokens": prompt_tokens,
         "decode_tokens": max_tokens,
@@ -129,7 +134,7 @@ def _text(found: list[SpeedAtDepth], engine: Engine, values: dict[str, Any]) -> 
             "",
             table.table(head, rows),
             "",
-            f"cache {engine.kv_bytes_per_token:.0f} bytes a token",
+            f"cache {engine.kv_bytes_per_token:.0f} bytes a token; kernels: {engine.kernels}",
         ]
     )
 

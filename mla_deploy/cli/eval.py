@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mla_deploy.cli import table
-from mla_deploy.cli.options import PATH, threads_option
+from mla_deploy.cli.options import PATH, kernels_option, threads_option
 from mla_deploy.cli.reporter import Reporter, reporting
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     help="Score only so many tokens from the start of the text.",
 )
 @threads_option
+@kernels_option
 @reporting
 def command(
     reporter: Reporter,
@@ -41,23 +42,24 @@ def command(
     stride: int | None,
     max_tokens: int | None,
     threads: int | None,
+    kernels: str | None,
 ) -> None:
     """Score a text: perplexity, and the distance to a reference.
 
     MODEL and --reference are checkpoints (computed by the torch reference) or bundles (computed by
     the runtime).
     """
-    from mla_deploy.cli.scorers import open_scorer
+    from mla_deploy.cli.scorers import open_scorers
     from mla_deploy.evaluate import evaluate, read_text
 
     content = read_text(text)
-    scorer = open_scorer(model, threads)
-    other = None if reference is None else open_scorer(reference, threads)
+    paths = [model] if reference is None else [model, reference]
+    scorers = open_scorers(paths, threads, kernels)
     with reporter.progress("scoring tokens") as progress:
         found = evaluate(
-            scorer,
+            scorers[0],
             content,
-            reference=other,
+            reference=scorers[1] if reference is not None else None,
             window=window,
             stride=stride,
             max_tokens=max_tokens,

@@ -52,6 +52,11 @@ class Depths(click.ParamType[tuple[int, ...]]):
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), help="Threads that compute. Default: one a core."
 )
+kernels_option = click.option(
+    "--kernels",
+    help="Of latent attention in a bundle: native (our operator library), stock (ONNX Runtime's "
+    "own), or auto, native where it is installed. Default: auto.",
+)
 output_option = click.option("-o", "--output", type=PATH, required=True, help="Folder to write.")
 force_option = click.option(
     "--force", is_flag=True, help="Replace the output folder if it is there already."

@@ -61,11 +61,11 @@ KINDS = {
 @click.option(
     "--rotate/--no-rotate",
     default=None,
-    help="Rotate the latent before it is cached. Default: for a 4-bit cache.",
+    help="Rotate the latent before it is cached. Default: for int4 and int8.",
 )
 @force_option
 @reporting
-def command(reporter: Reporter, model: Path, output: Path, force: bool, **options: Any) -> None:
+def command(reporter: Reporter, /, model: Path, output: Path, force: bool, **options: Any) -> None:
     """Make the checkpoint MODEL small: its weights, and the cache it will have.
 
     Writes a checkpoint that says how it was made. A run that was killed goes on where it stopped

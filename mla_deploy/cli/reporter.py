@@ -7,14 +7,19 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec, Protocol
 
 import click
 
 from mla_deploy.errors import MlaError, UsageError
 
-Progress = Callable[[int, int, str], None]
-"""Called with (done, total, what is being worked on)."""
+
+class Progress(Protocol):
+    """Moves a progress bar."""
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """`done` of `total`, `what` is being worked on."""
+
 
 P = ParamSpec("P")
 
@@ -52,22 +57,30 @@ class Reporter:
     def progress(self, title: str) -> Iterator[Progress]:
         """A progress bar while the block runs; silent where standard error is no terminal."""
         if not sys.stderr.isatty():
-            yield lambda done, total, text: None
+            yield _ignore
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TaskProgressColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[what]}"),
         )
         with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(title, total=None, text="")
-            yield lambda done, total, text: bar.update(task, completed=done, total=total, text=text)
+            task = bar.add_task(title, total=None, what="")
+
+            def move(done: int, total: int, what: str) -> None:
+                bar.update(task, completed=done, total=total, what=what)
+
+            yield move
+
+
+def _ignore(done: int, total: int, what: str) -> None:
+    """The progress of those who do not look."""
 
 
 def reporting(function: Callable[Concatenate[Reporter, P], None]) -> Callable[P, None]:

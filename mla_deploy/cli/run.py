@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mla_deploy.cli.options import PATH, threads_option
+from mla_deploy.cli.options import PATH, kernels_option, threads_option
 from mla_deploy.cli.reporter import Reporter, reporting
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
 @click.option("--chat", is_flag=True, help="Take the prompt as a user's turn of a conversation.")
 @threads_option
+@kernels_option
 @reporting
 def command(
     reporter: Reporter,
@@ -61,6 +62,7 @@ def command(
     stop: tuple[str, ...],
     chat: bool,
     threads: int | None,
+    kernels: str | None,
 ) -> None:
     """Continue PROMPT with the model in BUNDLE; `-` reads the prompt from standard input.
 
@@ -80,7 +82,7 @@ def command(
     )
     if prompt == "-":
         prompt = decode_text(sys.stdin.buffer.read(), "standard input")
-    engine = load(bundle, threads=threads)
+    engine = load(bundle, threads=threads, kernels=kernels or "auto")
     asked = engine.tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else prompt
     with engine.stream(asked, options) as generation:
         for event in generation:
@@ -103,7 +105,7 @@ def _figures(engine: Engine, result: GenerationResult) -> str:
     if took.decode_tokens_per_s is not None:
         parts[1] += f" at {took.decode_tokens_per_s:.1f} tokens/s"
     parts.append(f"cache {engine.kv_bytes_per_token:.0f} bytes a token")
-    parts.append(f"ended by {result.finish_reason}")
+    parts += [f"{engine.kernels.name} kernels", f"ended by {result.finish_reason}"]
     return "\n[" + "; ".join(parts) + "]"
 
 
@@ -121,5 +123,6 @@ def _values(engine: Engine, bundle: Path, result: GenerationResult) -> dict[str,
         "decode_seconds": took.decode_seconds,
         "decode_tokens_per_s": took.decode_tokens_per_s,
         "kv_bytes_per_token": engine.kv_bytes_per_token,
+        "kernels": engine.kernels.name,
         "cache_bytes": took.cache_bytes,
     }

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mla_deploy.bundle import MANIFEST
+from mla_deploy.errors import UsageError
 from mla_deploy.evaluate.scorer import Scorer, TorchScorer
 from mla_deploy.runtime import Engine, load
 
@@ -20,6 +21,7 @@ class BundleScorer:
         self.name = str(path)
         self.tokenizer = engine.tokenizer
         self.context = engine.bundle.manifest.model.max_position_embeddings
+        self.kernels = engine.kernels.name
         self._engine = engine
 
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
@@ -27,14 +29,30 @@ class BundleScorer:
             return session.prefill(ids, all_logits=True)
 
 
-def open_scorer(path: Path, threads: int | None) -> Scorer:
-    """A scorer for a checkpoint or a bundle.
+def open_scorers(paths: Sequence[Path], threads: int | None, kernels: str | None) -> list[Scorer]:
+    """A scorer for each checkpoint or bundle.
 
     Raises:
-        MlaError: neither of them, or not usable.
+        UsageError: kernels are chosen where there is no bundle.
+        MlaError: a path is neither of them, or not usable.
     """
-    if (path / MANIFEST).exists():
-        return BundleScorer(path, load(path, threads=threads))
+    if kernels is not None and not any(_is_bundle(path) for path in paths):
+        raise UsageError(
+            "--kernels is for bundles; a checkpoint is computed by the torch reference",
+            found=", ".join(str(path) for path in paths),
+            hint="leave --kernels out",
+        )
+    return [_open(path, threads, kernels or "auto") for path in paths]
+
+
+def _is_bundle(path: Path) -> bool:
+    return (path / MANIFEST).exists()
+
+
+def _open(path: Path, threads: int | None, kernels: str) -> Scorer:
+    if _is_bundle(path):
+        # No spinning: the reference's threads want the same cores.
+        return BundleScorer(path, load(path, threads=threads, spin=False, kernels=kernels))
     if threads is not None:
         import torch
 

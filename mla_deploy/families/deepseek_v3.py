@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from mla_deploy.config import ConfigReader, MlaConfig, MoeConfig, read_common, read_moe
@@ -42,7 +44,7 @@ class SigmoidRouter(Router):
 class DeepseekV3(Family):
     """Dense first layers, then sigmoid-routed experts."""
 
-    model_types = ("deepseek_v3", "kimi_k2")
+    model_types: ClassVar[tuple[str, ...]] = ("deepseek_v3", "kimi_k2")
 
     def read_config(self, keys: ConfigReader) -> MlaConfig:
         keys.expect("topk_method", "noaux_tc")

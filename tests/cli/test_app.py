@@ -159,6 +159,18 @@ def test_control_c_ends_with_130(invoke: Invoke, monkeypatch: pytest.MonkeyPatch
     assert "stopped" in result.stderr
 
 
+def test_a_reader_that_leaves_is_no_bug(tiny_mla: Path) -> None:
+    command = [sys.executable, "-c", "from mla_deploy.cli import main; main()"]
+    process = subprocess.Popen(
+        [*command, "inspect", str(tiny_mla)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=120) == 141
+    assert process.stderr is not None
+    assert b"bug" not in process.stderr.read()
+
+
 def test_the_version_is_the_packages(invoke: Invoke) -> None:
     from mla_deploy import __version__
 

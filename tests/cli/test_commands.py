@@ -149,7 +149,7 @@ def test_run_reads_the_prompt_from_standard_input(bundle: Path, values_of: Value
 def test_eval_measures_the_bytes_that_ship(
     bundle: Path, quantized: Path, tiny_mla: Path, short_text: Path, values_of: ValuesOf
 ) -> None:
-    options = ("--text", short_text, "--window", 128)
+    options = ("--text", short_text, "--window", 128, "--threads", 1)
     shipped = values_of("eval", bundle, "--reference", tiny_mla, *options)
     torch = values_of("eval", quantized, "--reference", tiny_mla, *options)
     assert shipped["tokens"] == torch["tokens"] > 100
@@ -165,8 +165,9 @@ def test_eval_measures_the_bytes_that_ship(
 def test_eval_obeys_window_stride_and_length(
     tiny_mla: Path, short_text: Path, values_of: ValuesOf, invoke: Invoke
 ) -> None:
-    short = values_of("eval", tiny_mla, "--text", short_text, "--window", 8, "--stride", 8)
-    overlapping = values_of("eval", tiny_mla, "--text", short_text, "--window", 64, "--stride", 32)
+    options = ("--text", short_text, "--threads", 1)
+    short = values_of("eval", tiny_mla, *options, "--window", 8, "--stride", 8)
+    overlapping = values_of("eval", tiny_mla, *options, "--window", 64, "--stride", 32)
     assert (overlapping["window"], overlapping["stride"]) == (64, 32)
     assert short["perplexity"] > overlapping["perplexity"]
     assert values_of("eval", tiny_mla, "--text", short_text, "-n", 50)["tokens"] == 49
@@ -210,3 +211,27 @@ def test_a_prefix_shorter_than_a_page_is_kept(bundle: Path) -> None:
     session.prefill([1, 2, 3])
     session.fill_by_copies(3)
     assert session.session.tokens == (1, 2, 3)
+
+
+@pytest.mark.parametrize("command", ["run", "bench", "eval"])
+def test_kernels_can_be_chosen(
+    command: str, bundle: Path, short_text: Path, values_of: ValuesOf, invoke: Invoke
+) -> None:
+    small: dict[str, tuple[object, ...]] = {
+        "run": ("one", "-n", 1),
+        "bench": ("--depth", 0, "-n", 1, "-r", 1, "--prompt-tokens", 2),
+        "eval": ("--text", short_text, "-n", 8),
+    }
+    found = values_of(command, bundle, *small[command], "--kernels", "stock")
+    assert command == "eval" or found["kernels"] == "stock"
+    wrong = invoke(command, bundle, *small[command], "--kernels", "magic")
+    assert wrong.exit_code == 2
+    assert "auto, native, stock" in wrong.stderr
+
+
+def test_a_checkpoint_has_no_kernels_to_choose(
+    tiny_mla: Path, short_text: Path, invoke: Invoke
+) -> None:
+    result = invoke("eval", tiny_mla, "--text", short_text, "--kernels", "stock")
+    assert result.exit_code == 2
+    assert "--kernels is for bundles" in result.stderr

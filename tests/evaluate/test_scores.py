@@ -84,7 +84,9 @@ def test_all_figures_follow_their_definitions(
         log_p, log_q = (log_probabilities(row) for row in rows[place])
         nats.append(-log_p[ids[place]])
         reference_nats.append(-log_q[ids[place]])
-        divergences.append(math.fsum(math.exp(b) * (b - a) for a, b in zip(log_p, log_q)))
+        divergences.append(
+            math.fsum(math.exp(b) * (b - a) for a, b in zip(log_p, log_q, strict=True))
+        )
         same += log_p.index(max(log_p)) == log_q.index(max(log_q))
 
     found = evaluate(model, TEXT, reference=reference, window=window, stride=stride)

@@ -122,12 +122,19 @@ def test_an_existing_folder_is_kept(tiny_mla: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     out.mkdir()
     (out / "mine").touch()
-    with pytest.raises(OutputError, match="exists already"):
-        export_onnx(tiny_mla, out)
+    expect_failure(tiny_mla, out, OutputError, "exists already")
+    with pytest.raises(OutputError, match="did not write it"):
+        export_onnx(tiny_mla, out, force=True)
     assert (out / "mine").exists()
+    (out / "manifest.json").touch()
     assert export_onnx(tiny_mla, out, force=True).bundle == out
     assert not (out / "mine").exists()
     assert [file.name for file in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_the_source_is_not_written_into(tiny_mla: Path) -> None:
+    with pytest.raises(OutputError, match="apart from the source"):
+        export_onnx(tiny_mla, tiny_mla / "bundle")
 
 
 def test_a_full_disk_is_reported(
@@ -136,8 +143,16 @@ def test_a_full_disk_is_reported(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mla_deploy.exporters.onnx.export.write_external_data", full)
+    monkeypatch.setattr("mla_deploy.exporters.onnx.export.write_manifest", full)
     expect_failure(tiny_mla, tmp_path / "bundle", OutputError, "cannot be written")
+
+
+def test_a_disk_too_small_is_known_beforehand(
+    tiny_mla: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    expect_failure(tiny_mla, tmp_path / "bundle", OutputError, "too full")
 
 
 def expect_failure(source: Path, out: Path, kind: type[MlaError], message: str) -> None:

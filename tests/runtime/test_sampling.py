@@ -42,7 +42,8 @@ def expected(logits: npt.NDArray[np.float32], options: GenerationOptions) -> Pro
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
     if options.top_k:
         order = order[: options.top_k]
-    weights = {i: np.exp(scores[i] - max(scores)) for i in order}
+    top = max(scores)
+    weights = {i: np.exp(scores[i] - top) for i in order}
     total = sum(weights.values())
     if options.top_p < 1:
         kept, reached = [], 0.0
@@ -54,9 +55,10 @@ def expected(logits: npt.NDArray[np.float32], options: GenerationOptions) -> Pro
         order = kept
     largest = max(weights[i] for i in order)
     order = [i for i in order if weights[i] >= options.min_p * largest * (1 - 1e-12)]
+    total = sum(weights[i] for i in order)
     full = np.zeros(len(scores))
     for i in order:
-        full[i] = weights[i] / sum(weights[j] for j in order)
+        full[i] = weights[i] / total
     return full
 
 

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 
 #include "cpu/features.h"
+#include "python/bindings.h"
 
 namespace nb = nanobind;
 
@@ -23,4 +24,6 @@ NB_MODULE(_runtime, m) {
         "The instruction sets that this CPU and its operating system offer to kernels.\n\n"
         "Of avx2, avx_vnni, avx512f, avx512_vnni, avx512_bf16, amx_int8, amx_bf16, neon,\n"
         "dotprod and i8mm those present, in this order.");
+
+    bind_latent_attention(m);
 }

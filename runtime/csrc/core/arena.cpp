@@ -1,0 +1,157 @@
+#include "core/arena.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <new>
+
+#include "core/error.h"
+
+namespace mla::core {
+
+namespace {
+
+uint64_t pages_for(uint64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
+
+Error no_memory(uint64_t tokens) {
+    return Error(MLA_OUT_OF_MEMORY, "there is not enough memory for the cache")
+        .found(tokens, " tokens")
+        .next("open the bundle with a smaller max_tokens");
+}
+
+}  // namespace
+
+PageArena::PageArena(const std::vector<LayerCache>& cache, uint64_t max_tokens) {
+    for (size_t layer = 0; layer < cache.size(); ++layer) {
+        for (const CachePart& part : cache[layer].parts) {
+            arrays_.push_back({layer, part, nullptr, 0});
+            page_bytes_ += part.page_bytes();
+        }
+    }
+    constexpr uint64_t kLargest = std::numeric_limits<ptrdiff_t>::max();
+    // A bound that keeps the products below from overflowing, and pages_for too.
+    if (max_tokens > kLargest / 2 || pages_for(max_tokens) + 1 > kLargest / page_bytes_) {
+        throw no_memory(max_tokens);
+    }
+    const auto pages = static_cast<size_t>(pages_for(max_tokens) + 1);  // and the scratch page
+    try {
+        for (Array& array : arrays_) {
+            const size_t bytes = pages * array.part.page_bytes();
+            void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+            if (memory == MAP_FAILED) throw no_memory(max_tokens);
+            array.data = static_cast<uint8_t*>(memory);
+            array.bytes = bytes;
+        }
+        users_.resize(pages);
+    } catch (const std::exception&) {
+        unmap();
+        throw no_memory(max_tokens);
+    }
+}
+
+PageArena::~PageArena() { unmap(); }
+
+void PageArena::unmap() noexcept {
+    for (const Array& array : arrays_) {
+        if (array.data != nullptr) munmap(array.data, array.bytes);
+    }
+}
+
+uint64_t PageArena::free_pages() {
+    collect();
+    return returned_.size() + static_cast<uint64_t>(pages() - next_fresh_);
+}
+
+bool PageArena::take(uint64_t count, std::vector<int64_t>& pages) {
+    if (count > free_pages()) return false;
+    pages.reserve(pages.size() + count);  // the rest cannot fail,
+    const size_t touched = static_cast<size_t>(next_fresh_) + count;
+    if (returned_.capacity() < touched) returned_.reserve(2 * touched);  // nor can give_back
+    for (uint64_t i = 0; i < count; ++i) {
+        int64_t page = next_fresh_;
+        if (returned_.empty()) {
+            ++next_fresh_;
+        } else {  // before fresh ones: its memory is there already
+            page = returned_.back();
+            returned_.pop_back();
+            for (const Array& array : arrays_) {
+                std::memset(at(array, page), 0, array.part.page_bytes());
+            }
+        }
+        users_[static_cast<size_t>(page)] = 1;
+        pages.push_back(page);
+    }
+    return true;
+}
+
+void PageArena::share(const std::vector<int64_t>& pages) {
+    for (const int64_t page : pages) ++users_[static_cast<size_t>(page)];
+}
+
+void PageArena::give_back(int64_t page) {
+    if (--users_[static_cast<size_t>(page)] == 0) returned_.push_back(page);
+}
+
+void PageArena::abandon(std::vector<int64_t> pages) noexcept {
+    if (pages.empty()) return;
+    const std::lock_guard<std::mutex> lock(abandoned_mutex_);
+    try {
+        abandoned_.insert(abandoned_.end(), pages.begin(), pages.end());
+    } catch (const std::bad_alloc&) {
+        // The pages are lost, which is better than the process.
+    }
+}
+
+bool PageArena::make_writable(int64_t& page) {
+    if (!is_shared(page)) return true;
+    std::vector<int64_t> copy;
+    if (!take(1, copy)) return false;
+    for (const Array& array : arrays_) {
+        std::memcpy(at(array, copy[0]), at(array, page), array.part.page_bytes());
+    }
+    give_back(page);
+    page = copy[0];
+    return true;
+}
+
+void PageArena::collect() {
+    const std::lock_guard<std::mutex> lock(abandoned_mutex_);
+    for (const int64_t page : abandoned_) give_back(page);
+    abandoned_.clear();
+}
+
+bool PageTable::reserve(uint64_t length, uint64_t new_length) {
+    if (length % kPageTokens != 0 && !arena_->make_writable(pages_[length / kPageTokens])) {
+        return false;
+    }
+    const uint64_t wanted = pages_for(new_length);
+    return wanted <= pages_.size() || arena_->take(wanted - pages_.size(), pages_);
+}
+
+void PageTable::truncate(uint64_t length) {
+    for (const uint64_t keep = pages_for(length); pages_.size() > keep; pages_.pop_back()) {
+        arena_->give_back(pages_.back());
+    }
+}
+
+void PageTable::share(const PageTable& other) {
+    pages_ = other.pages_;
+    arena_->share(pages_);
+}
+
+uint64_t PageTable::room(uint64_t length) const {
+    const uint64_t kept = pages_for(length);
+    const uint64_t slack = kept * kPageTokens - length;
+    uint64_t free = arena_->free_pages();
+    for (size_t i = kept; i < pages_.size(); ++i) free += !arena_->is_shared(pages_[i]);
+    if (slack > 0 && arena_->is_shared(pages_[kept - 1])) {
+        if (free == 0) return 0;
+        --free;  // for the copy
+    }
+    return slack + free * kPageTokens;
+}
+
+}  // namespace mla::core

@@ -1,0 +1,115 @@
+// The memory of the cache: pages of 64 tokens in arrays that all sessions share.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "core/manifest.h"
+
+namespace mla::core {
+
+// Padded tokens are written there, and block tables are padded with it. Nobody relies on it.
+constexpr int64_t kScratchPage = 0;
+
+// Pages, how many sequences use each, and which are free.
+//
+// A page is the same index in every array. Pages that a fork shares are counted, and copied when
+// one of their sequences writes. A page that is handed out again is zeroed first, so that nothing
+// one session left (an infinity would survive a masked product) reaches another.
+//
+// One thread at a time, but for `abandon`.
+class PageArena {
+  public:
+    // [pages, *part.page_shape], at a page of memory, so at a cache line.
+    struct Array {
+        size_t layer;
+        CachePart part;
+        uint8_t* data;
+        size_t bytes;
+    };
+
+    // Reserves memory; the system provides a page of it when it is first written.
+    // Errors: MLA_OUT_OF_MEMORY.
+    PageArena(const std::vector<LayerCache>& cache, uint64_t max_tokens);
+    ~PageArena();
+    PageArena(const PageArena&) = delete;
+    PageArena& operator=(const PageArena&) = delete;
+
+    const std::vector<Array>& arrays() const { return arrays_; }
+    int64_t pages() const { return static_cast<int64_t>(users_.size()); }  // with the scratch page
+    uint64_t capacity_tokens() const { return (users_.size() - 1) * kPageTokens; }
+    size_t page_bytes() const { return page_bytes_; }  // in all arrays
+
+    // Pages that `take` can still hand out.
+    uint64_t free_pages();
+
+    // Hands out `count` zeroed pages, each with one user. Nothing, if there are not as many.
+    bool take(uint64_t count, std::vector<int64_t>& pages);
+
+    // Counts one more user of each page.
+    void share(const std::vector<int64_t>& pages);
+
+    // Counts one user less; a page without users is free.
+    void give_back(int64_t page);
+
+    // Gives pages back later, when `free_pages` or `take` is called. Safe in any thread.
+    void abandon(std::vector<int64_t> pages) noexcept;
+
+    bool is_shared(int64_t page) const { return users_[static_cast<size_t>(page)] > 1; }
+
+    // Makes `page` one that only its caller uses: itself, or a copy. False: no page for the copy.
+    bool make_writable(int64_t& page);
+
+    // Where a page of an array begins.
+    uint8_t* at(const Array& array, int64_t page) const {
+        return array.data + static_cast<size_t>(page) * array.part.page_bytes();
+    }
+
+  private:
+    void unmap() noexcept;
+    void collect();
+
+    std::vector<Array> arrays_;
+    size_t page_bytes_ = 0;
+    std::vector<uint32_t> users_;  // of each page
+    int64_t next_fresh_ = kScratchPage + 1;
+    std::vector<int64_t> returned_;
+    std::mutex abandoned_mutex_;
+    std::vector<int64_t> abandoned_;
+};
+
+// The pages of one sequence, in order.
+class PageTable {
+  public:
+    explicit PageTable(std::shared_ptr<PageArena> arena) : arena_(std::move(arena)) {}
+    ~PageTable() { arena_->abandon(std::move(pages_)); }
+    PageTable(const PageTable&) = delete;
+    PageTable& operator=(const PageTable&) = delete;
+
+    const std::vector<int64_t>& pages() const { return pages_; }
+
+    // Makes room to write the tokens from `length` to `new_length`. False: there are not enough
+    // pages, and what the table held, it still holds.
+    bool reserve(uint64_t length, uint64_t new_length);
+
+    // Gives back the pages that `length` tokens do not need.
+    void truncate(uint64_t length);
+
+    // Becomes another table of the same pages. It must be empty.
+    void share(const PageTable& other);
+
+    // Bytes of the pages, those shared with other sequences included.
+    uint64_t cache_bytes() const { return pages_.size() * arena_->page_bytes(); }
+
+    // Tokens that would find room after the first `length`, if the table were truncated to them.
+    uint64_t room(uint64_t length) const;
+
+  private:
+    std::shared_ptr<PageArena> arena_;
+    std::vector<int64_t> pages_;
+};
+
+}  // namespace mla::core

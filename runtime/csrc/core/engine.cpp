@@ -1,0 +1,283 @@
+#include "core/engine.h"
+
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+#include <set>
+
+#include "core/error.h"
+
+namespace mla::core {
+
+namespace {
+
+constexpr uint32_t kPrefillChunk = 512;
+
+using Lock = std::lock_guard<FairMutex>;
+
+}  // namespace
+
+Claim::Claim(Session& session) : session_(session) {
+    const Lock lock(session.engine().mutex_);
+    session.engine().check_unclaimed(session, nullptr);
+    session.claim_ = this;
+}
+
+Claim::~Claim() {
+    const Lock lock(session_.engine().mutex_);
+    session_.claim_ = nullptr;
+}
+
+Engine::Engine(const EngineOptions& options)
+    : bundle_(Bundle::open(options.bundle, options.verify)),
+      arena_(std::make_shared<PageArena>(
+          bundle_.manifest.cache,
+          options.max_tokens > 0 ? options.max_tokens : model().max_position_embeddings)),
+      graph_(bundle_, options.graph),
+      prefill_chunk_(options.prefill_chunk > 0 ? options.prefill_chunk : kPrefillChunk) {
+    graph_.bind_cache(*arena_);
+}
+
+uint64_t Engine::free_tokens() {
+    const Lock lock(mutex_);
+    return arena_->free_pages() * kPageTokens;
+}
+
+std::shared_ptr<Session> Engine::session() {
+    return std::make_shared<Session>(shared_from_this(), arena_);
+}
+
+std::shared_ptr<Session> Engine::fork(const Session& session) {
+    const auto made = this->session();
+    const Lock lock(mutex_);
+    made->tokens_ = session.tokens_;
+    made->pages_.share(session.pages_);
+    return made;
+}
+
+void Engine::step(const std::vector<Request>& requests, Cancellation* cancellation,
+                  const Claim* claim) {
+    if (requests.empty()) return;
+    const Lock lock(mutex_);
+    const std::vector<Feed> feeds = this->feeds(requests, claim);
+    try {
+        reserve(feeds);
+        run(feeds, cancellation);
+    } catch (...) {
+        for (const Feed& feed : feeds) truncate(*feed.request->session, feed.past);
+        throw;
+    }
+}
+
+std::vector<Engine::Feed> Engine::feeds(const std::vector<Request>& requests, const Claim* claim) {
+    std::vector<Feed> feeds;
+    std::set<const Session*> met;
+    for (const Request& request : requests) {
+        const Session& session = *request.session;
+        if (&session.engine() != this) {
+            throw invalid("a session belongs to the engine that made it");
+        }
+        if (!met.insert(&session).second) {
+            throw invalid("a session can be only once in a step").next("fork it");
+        }
+        check_unclaimed(session, claim);
+        check_tokens(request.tokens, request.token_count);
+        check_context(session.tokens_.size(), request.token_count);
+        for (const size_t position : request.positions) {
+            if (position < request.token_count) continue;
+            throw invalid("a position is not among the new tokens")
+                .found(position)
+                .allowed("0 to ", request.token_count - 1);
+        }
+        feeds.push_back({&request, session.tokens_.size()});
+    }
+    return feeds;
+}
+
+void Engine::reserve(const std::vector<Feed>& feeds) {
+    size_t count = 0;
+    bool fits = true;
+    for (const Feed& feed : feeds) {
+        Session& session = *feed.request->session;
+        const size_t length = feed.past + feed.request->token_count;
+        session.tokens_.reserve(length);  // so that noting the tokens cannot fail
+        fits = fits && session.pages_.reserve(feed.past, length);
+        count += feed.request->token_count;
+    }
+    if (fits) return;
+    for (const Feed& feed : feeds) truncate(*feed.request->session, feed.past);
+    throw full(count,
+               feeds.size() == 1
+                   ? join(room(*feeds[0].request->session, feeds[0].past), " for this session")
+                   : join(arena_->free_pages() * kPageTokens,
+                          " in free pages, besides what the sessions' last pages hold"));
+}
+
+void Engine::run(const std::vector<Feed>& feeds, Cancellation* cancellation) {
+    const size_t vocab_size = model().vocab_size;
+    std::vector<Feed> active = feeds;
+    for (size_t done = 0; !active.empty();) {
+        // At most prefill_chunk tokens at once, whatever the number of sessions.
+        const size_t size = std::max<size_t>(1, prefill_chunk_ / active.size());
+        fill(active, done, size);
+        const float* logits = graph_.run(inputs_, cancellation);
+        for (const Feed& feed : active) {
+            const Request& request = *feed.request;
+            const float* next = logits;
+            for (size_t row = 0; row < request.positions.size(); ++row) {
+                const size_t position = request.positions[row];
+                if (position < done || position >= done + size) continue;
+                std::memcpy(request.logits + row * vocab_size, next, vocab_size * sizeof(float));
+                next += vocab_size;
+            }
+            logits += static_cast<size_t>(inputs_.logits) * vocab_size;
+            const size_t end = std::min(done + size, request.token_count);
+            auto& tokens = request.session->tokens_;
+            tokens.insert(tokens.end(), request.tokens + done, request.tokens + end);
+        }
+        done += size;
+        active.erase(
+            std::remove_if(active.begin(), active.end(),
+                           [&](const Feed& feed) { return feed.request->token_count <= done; }),
+            active.end());
+    }
+}
+
+// The inputs for up to `size` tokens of each request, after the first `done`; rows are padded on
+// the right to the longest.
+void Engine::fill(const std::vector<Feed>& active, size_t done, size_t size) {
+    StepInputs& in = inputs_;
+    in.batch = static_cast<int64_t>(active.size());
+    in.steps = in.pages = in.logits = 1;
+    in.past_lengths.clear();
+    in.new_lengths.clear();
+    std::vector<std::vector<int64_t>> wanted;
+    for (const Feed& feed : active) {
+        const Request& request = *feed.request;
+        const auto count = static_cast<int64_t>(std::min(size, request.token_count - done));
+        in.past_lengths.push_back(static_cast<int64_t>(feed.past + done));
+        in.new_lengths.push_back(count);
+        wanted.emplace_back();
+        for (const size_t position : request.positions) {
+            if (position < done || position >= done + size) continue;
+            wanted.back().push_back(static_cast<int64_t>(position - done));
+        }
+        const auto pages = static_cast<int64_t>(request.session->pages_.pages().size());
+        in.steps = std::max(in.steps, count);
+        in.pages = std::max(in.pages, pages);
+        in.logits = std::max(in.logits, static_cast<int64_t>(wanted.back().size()));
+    }
+    in.input_ids.assign(static_cast<size_t>(in.batch * in.steps), 0);
+    in.block_table.assign(static_cast<size_t>(in.batch * in.pages), kScratchPage);
+    in.logit_index.assign(static_cast<size_t>(in.batch * in.logits), 0);
+    for (size_t b = 0; b < active.size(); ++b) {
+        const auto at = static_cast<std::ptrdiff_t>(b);
+        const mla_token* tokens = active[b].request->tokens + done;
+        const auto& pages = active[b].request->session->pages_.pages();
+        std::copy(tokens, tokens + in.new_lengths[b], in.input_ids.begin() + at * in.steps);
+        std::copy(pages.begin(), pages.end(), in.block_table.begin() + at * in.pages);
+        std::copy(wanted[b].begin(), wanted[b].end(), in.logit_index.begin() + at * in.logits);
+    }
+}
+
+void Engine::rewind(Session& session, size_t length, const Claim* claim) {
+    const Lock lock(mutex_);
+    check_unclaimed(session, claim);
+    if (length > session.tokens_.size()) {
+        throw invalid("a session cannot be rewound to there")
+            .found(length)
+            .allowed("0 to ", session.tokens_.size());
+    }
+    truncate(session, length);
+}
+
+size_t Engine::rewind_to_prefix(Session& session, const mla_token* tokens, size_t count,
+                                const Claim* claim) {
+    const Lock lock(mutex_);
+    check_unclaimed(session, claim);
+    const auto& held = session.tokens_;
+    const size_t most = std::min(count - 1, held.size());
+    const auto same =
+        static_cast<size_t>(std::mismatch(tokens, tokens + most, held.begin()).first - tokens);
+    check_context(same, count - same);
+    const uint64_t room = this->room(session, same);
+    if (count - same > room) throw full(count - same, join(room, " for this session"));
+    truncate(session, same);
+    return same;
+}
+
+Engine::SessionInfo Engine::info(const Session& session) {
+    const Lock lock(mutex_);
+    return {session.tokens_.size(), room(session, session.tokens_.size()),
+            session.pages_.cache_bytes()};
+}
+
+std::vector<mla_token> Engine::tokens(const Session& session) {
+    const Lock lock(mutex_);
+    return session.tokens_;
+}
+
+void Engine::check_tokens(const mla_token* tokens, size_t count) const {
+    if (count == 0) throw invalid("there are no tokens").next("give at least one");
+    const auto vocab_size = static_cast<mla_token>(model().vocab_size);  // at most 2^24
+    const auto* bad = std::find_if(tokens, tokens + count,
+                                   [&](mla_token id) { return id < 0 || id >= vocab_size; });
+    if (bad != tokens + count) {
+        throw invalid("a token is not in the model's vocabulary")
+            .found(*bad)
+            .allowed("0 to ", vocab_size - 1)
+            .next("use the tokenizer of the bundle");
+    }
+}
+
+Engine::Contents Engine::contents(const Session& session) {
+    const Lock lock(mutex_);
+    return {session.tokens_, session.pages_.pages()};
+}
+
+std::shared_ptr<Session> Engine::reserved(std::vector<mla_token> tokens) {
+    const auto made = session();
+    const Lock lock(mutex_);
+    check_context(0, tokens.size());
+    if (!made->pages_.reserve(0, tokens.size())) {
+        throw full(tokens.size(), join(room(*made, 0), " for this session"));
+    }
+    made->tokens_ = std::move(tokens);
+    return made;
+}
+
+void Engine::check_context(size_t length, size_t count) const {
+    const size_t limit = model().max_position_embeddings;
+    if (count <= limit && length <= limit - count) return;
+    throw Error(MLA_CONTEXT_FULL, "the model's context is too short")
+        .found(length, " tokens in the session and ", count, " new ones")
+        .allowed(limit, " together")
+        .next("shorten the prompt, or rewind the session");
+}
+
+void Engine::check_unclaimed(const Session& session, const Claim* claim) const {
+    if (session.claim_ == claim || session.claim_ == nullptr) return;
+    throw Error(MLA_BUSY, "a generation or save is under way on the session")
+        .next("wait until it has ended, or work on a fork");
+}
+
+// As if the session had been rewound to `length`.
+uint64_t Engine::room(const Session& session, size_t length) const {
+    const uint64_t left = model().max_position_embeddings - length;
+    return std::min(left, session.pages_.room(length));
+}
+
+Error Engine::full(size_t count, const std::string& allowed) const {
+    return Error(MLA_CACHE_FULL, "the cache is full")
+        .found(count, " new tokens")
+        .allowed(allowed)
+        .next("open the bundle with max_tokens above ", capacity_tokens(),
+              ", or destroy or rewind a session");
+}
+
+void Engine::truncate(Session& session, size_t length) {
+    session.pages_.truncate(length);
+    session.tokens_.resize(length);
+}
+
+}  // namespace mla::core

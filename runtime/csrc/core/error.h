@@ -1,0 +1,58 @@
+// Errors inside the core: a status, and a text that says what to do.
+#pragma once
+
+#include <exception>
+#include <sstream>
+#include <string>
+#include <utility>
+
+#include "mla_deploy/runtime.h"
+
+namespace mla::core {
+
+// The arguments as one text: join("layer ", 3).
+template <class... Parts>
+std::string join(const Parts&... parts) {
+    std::ostringstream stream;
+    (stream << ... << parts);
+    return stream.str();
+}
+
+// What a caller can mend. The text is laid out as that of mla_deploy.errors.MlaError:
+//
+//     throw Error(MLA_CACHE_FULL, "the cache is full").found(found).allowed(allowed).next(hint);
+class Error : public std::exception {
+  public:
+    // what: one sentence, what is wrong and where.
+    Error(mla_status status, std::string what) : status_(status), text_(std::move(what)) {}
+
+    template <class... Parts>
+    Error&& found(const Parts&... parts) && {
+        return std::move(*this).line("\n  found:   ", join(parts...));
+    }
+    template <class... Parts>
+    Error&& allowed(const Parts&... parts) && {
+        return std::move(*this).line("\n  allowed: ", join(parts...));
+    }
+    template <class... Parts>
+    Error&& next(const Parts&... parts) && {
+        return std::move(*this).line("\n  next:    ", join(parts...));
+    }
+
+    mla_status status() const { return status_; }
+    const char* what() const noexcept override { return text_.c_str(); }
+
+  private:
+    Error&& line(const char* label, const std::string& text) && {
+        text_ += label;
+        text_ += text;
+        return std::move(*this);
+    }
+
+    mla_status status_;
+    std::string text_;
+};
+
+inline Error invalid(std::string what) { return Error(MLA_INVALID_ARGUMENT, std::move(what)); }
+
+}  // namespace mla::core

@@ -1,0 +1,22 @@
+# Sources of the latent-attention kernels. A file isa_*.cpp holds one instruction set's kernels and
+# is compiled for it alone; dispatch.cpp enters it only where the CPU has it.
+find_package(Threads REQUIRED)
+target_link_libraries(mla_cpu PUBLIC Threads::Threads)
+target_sources(mla_cpu PRIVATE
+    csrc/cpu/absorbed.cpp
+    csrc/cpu/dispatch.cpp
+    csrc/cpu/expanded.cpp
+    csrc/cpu/latent_attention.cpp
+    csrc/cpu/portable.cpp
+    csrc/cpu/thread_pool.cpp
+    csrc/cpu/weights.cpp
+)
+# Fused multiply-adds are written where they are meant: contracted by the compiler they would
+# change the codes that append writes.
+set_source_files_properties(csrc/cpu/portable.cpp PROPERTIES COMPILE_OPTIONS "-ffp-contract=off")
+
+function(mla_add_isa source)
+    target_sources(mla_cpu PRIVATE csrc/cpu/${source})
+    set_source_files_properties(csrc/cpu/${source} PROPERTIES
+        COMPILE_OPTIONS "-O3;-ffp-contract=off;-fno-math-errno;${ARGN}")
+endfunction()

@@ -1,0 +1,139 @@
+// Matrix products in fp32: c [rows, columns] = a [rows, depth] b [depth, columns].
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/kernels.h"
+
+namespace mla::cpu {
+namespace {
+
+template <class X>
+struct Gemm {
+    using F = typename X::F;
+
+    // R rows x C vectors of sums in registers.
+    template <int R, int C>
+    static void tile(int depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                     int64_t ldc, bool accumulate) {
+        F sums[R][C];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int j = 0; j < C; ++j)
+                sums[r][j] = accumulate ? X::load(c + r * ldc + 16 * j) : X::set(0);
+        for (int k = 0; k < depth; ++k) {
+            F row[C];
+#pragma GCC unroll 8
+            for (int j = 0; j < C; ++j) row[j] = X::load(b + k * ldb + 16 * j);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                const F x = X::set(a[r * lda + k]);
+#pragma GCC unroll 8
+                for (int j = 0; j < C; ++j) sums[r][j] = X::fma(x, row[j], sums[r][j]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int j = 0; j < C; ++j) X::store(c + r * ldc + 16 * j, sums[r][j]);
+    }
+
+    // Any number of rows up to R.
+    template <int R>
+    static void strip(int rows, int columns, int depth, const float* a, int64_t lda, const float* b,
+                      int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+        if constexpr (R > 1) {
+            if (rows < R)
+                return strip<R - 1>(rows, columns, depth, a, lda, b, ldb, c, ldc, accumulate);
+        }
+        constexpr int C = X::kFloatColumns;
+        int j = 0;
+        for (; j + 16 * C <= columns; j += 16 * C)
+            tile<R, C>(depth, a, lda, b + j, ldb, c + j, ldc, accumulate);
+        for (; j < columns; j += 16) tile<R, 1>(depth, a, lda, b + j, ldb, c + j, ldc, accumulate);
+    }
+
+    // columns: a multiple of 16.
+    static void run(int rows, int columns, int depth, const float* a, int64_t lda, const float* b,
+                    int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+        for (int r = 0; r < rows; r += X::kFloatRows)
+            strip<X::kFloatRows>(rows - r < X::kFloatRows ? rows - r : X::kFloatRows, columns,
+                                 depth, a + r * lda, lda, b, ldb, c + r * ldc, ldc, accumulate);
+    }
+};
+
+// MatmulTask: a few rows against weights in fp32, bf16 or int8, read once.
+template <class X>
+struct Matmul {
+    using F = typename X::F;
+
+    template <int R, int C, WeightLayout L>
+    static void tile(const MatmulTask& task, int column) {
+        F sums[R][C];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int j = 0; j < C; ++j) sums[r][j] = X::set(0);
+        constexpr int step = L == WeightLayout::kPairsBf16 ? 2 : 1;
+        for (int k = 0; k < task.k; k += step) {
+#pragma GCC unroll 4
+            for (int j = 0; j < C; ++j) {
+                const int64_t at = k * task.stride + (column + 16 * j) * step;
+                if constexpr (L == WeightLayout::kPairsBf16) {
+                    const typename X::I both = X::load(static_cast<const void*>(
+                        static_cast<const uint16_t*>(task.w) + at));
+                    const F even = X::bf16_low(both), odd = X::bf16_high(both);
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; ++r) {
+                        sums[r][j] = X::fma(X::set(task.x[r][k]), even, sums[r][j]);
+                        sums[r][j] = X::fma(X::set(task.x[r][k + 1]), odd, sums[r][j]);
+                    }
+                } else {
+                    F w;
+                    if constexpr (L == WeightLayout::kRowsFp32)
+                        w = X::load(static_cast<const float*>(task.w) + at);
+                    else if constexpr (L == WeightLayout::kRowsBf16)
+                        w = X::load_bf16(static_cast<const uint16_t*>(task.w) + at);
+                    else
+                        w = X::load_int8(static_cast<const int8_t*>(task.w) + at);
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; ++r)
+                        sums[r][j] = X::fma(X::set(task.x[r][k]), w, sums[r][j]);
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int j = 0; j < C; ++j) {
+                F sum = sums[r][j];
+                if constexpr (L == WeightLayout::kRowsInt8)
+                    sum = X::mul(sum, X::load(task.scale + column + 16 * j));
+                X::store(task.out[r] + column + 16 * j, sum);
+            }
+    }
+
+    template <int R, WeightLayout L>
+    static void rows(const MatmulTask& task) {
+        if constexpr (R > 1) {
+            if (task.rows < R) return rows<R - 1, L>(task);
+        }
+        constexpr int C = X::kFloatColumns;
+        int column = 0;
+        for (; column + 16 * C <= task.n; column += 16 * C) tile<R, C, L>(task, column);
+        for (; column < task.n; column += 16) tile<R, 1, L>(task, column);
+    }
+
+    static void run(const MatmulTask& task) {
+        switch (task.layout) {
+            case WeightLayout::kRowsFp32: return rows<kMatmulRows, WeightLayout::kRowsFp32>(task);
+            case WeightLayout::kRowsBf16: return rows<kMatmulRows, WeightLayout::kRowsBf16>(task);
+            case WeightLayout::kPairsBf16: return rows<kMatmulRows, WeightLayout::kPairsBf16>(task);
+            case WeightLayout::kRowsInt8: return rows<kMatmulRows, WeightLayout::kRowsInt8>(task);
+        }
+    }
+};
+
+}  // namespace
+}  // namespace mla::cpu
