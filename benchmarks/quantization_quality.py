@@ -28,7 +28,7 @@ CASES = {
     "kv int4": QuantizeOptions(kv="int4", weights="none"),
     "kv int4, not rotated": QuantizeOptions(kv="int4", weights="none", rotate=False),
     "kv int8": QuantizeOptions(kv="int8", weights="none"),
-    "kv int8, rotated": QuantizeOptions(kv="int8", weights="none", rotate=True),
+    "kv int8, not rotated": QuantizeOptions(kv="int8", weights="none", rotate=False),
     "kv fp16": QuantizeOptions(kv="fp16", weights="none"),
     "weights int4": QuantizeOptions(kv="fp32", weights="int4"),
     "weights int4, exact zeros": QuantizeOptions(kv="fp32", weights="int4", zeros="exact"),

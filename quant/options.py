@@ -24,8 +24,8 @@ Zeros = Literal["integer", "exact"]
 Kind = Literal["linear", "experts", "embedding", "lm_head"]
 
 _BITS = {"int4": 4, "int8": 8}
-_ROTATED_CACHES = frozenset({"int4"})
-"""Formats coarse enough to gain from a rotated latent; docs/quantization.md has the figures."""
+_ROTATED_CACHES = frozenset({"int4", "int8"})
+"""Formats that gain from a rotated latent; docs/quantization.md has the figures."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class QuantizeOptions:
     lm_head: Weights | None = None
     """The output matrix. Default: `int8`, or `none` where weights are `none`."""
     rotate: bool | None = None
-    """Rotate the latent. Default: for a 4-bit cache."""
+    """Rotate the latent. Default: where the cache is int4 or int8."""
 
     def __post_init__(self) -> None:
         allowed: dict[str, tuple[object, ...]] = {

@@ -160,6 +160,18 @@ class PageTable:
         self._arena.give_back(self.pages[keep:])
         del self.pages[keep:]
 
+    def extend_by_copies(self, length: int) -> None:
+        """Grow to `length` tokens; the pages held now, all full, are copied in turn.
+
+        Raises:
+            ArenaFullError: as `reserve`.
+        """
+        full = len(self.pages)
+        self.reserve(full * self._arena.page_tokens, length)
+        for index, page in enumerate(self.pages[full:]):
+            for array in self._arena.arrays.values():
+                array[page] = array[self.pages[index % full]]
+
     def fork(self) -> PageTable:
         """Another table of the same pages."""
         table = PageTable(self._arena)

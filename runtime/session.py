@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from mla_deploy.errors import SessionError
-from mla_deploy.runtime.arena import PageTable
+from mla_deploy.runtime.arena import ArenaFullError, PageTable
 from mla_deploy.runtime.graph import Logits
 
 if TYPE_CHECKING:
@@ -114,6 +114,37 @@ class Session:
             same += 1
         self.rewind(same)
         return same
+
+    def fill_by_copies(self, length: int) -> None:
+        """Grow to `length` tokens without computing: whole pages of the cache are repeated.
+
+        For measuring: reading this cache takes the time that reading a real one takes.
+
+        Raises:
+            SessionError: the session is closed, holds less than a page, or the cache is full.
+        """
+        self.check_open()
+        with self.engine.lock:
+            page_tokens = self.engine.bundle.manifest.cache.page_tokens
+            whole = self.length // page_tokens * page_tokens
+            if self.length < length and not whole:
+                raise SessionError(
+                    "there is no whole page to copy",
+                    found=f"{self.length} tokens",
+                    allowed=f"{page_tokens} or more",
+                    hint="prefill more tokens first",
+                )
+            if self.length >= length:
+                return
+            self.rewind(whole)
+            try:
+                self.pages.extend_by_copies(length)
+            except ArenaFullError:
+                raise SessionError(
+                    "the cache is full", found=f"{length} tokens", allowed=f"{whole + self.room}"
+                ) from None
+            repeats = -(-length // whole)
+            self._tokens = (self._tokens * repeats)[:length]
 
     def fork(self) -> Session:
         """Another session with the same tokens; takes no memory until one of them goes on.

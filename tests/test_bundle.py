@@ -145,7 +145,7 @@ def test_a_link_that_leaves_the_folder_is_refused(folder: Path, target: str) -> 
         link.symlink_to(link)
     else:
         link.symlink_to(folder / "nothing")
-    with pytest.raises(BundleError, match="link|missing"):
+    with pytest.raises(BundleError, match=r"link|missing"):
         Bundle.open(folder)
 
 

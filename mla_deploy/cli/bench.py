@@ -67,7 +67,6 @@ def command(
     A depth is filled with copies of the cache pages of a real prefix.
     """
     from mla_deploy.bundle import Bundle
-    from mla_deploy.cli.depth import FillableSession
     from mla_deploy.evaluate.speed import check_depths, measure_speed
     from mla_deploy.runtime import load
 
@@ -80,7 +79,7 @@ def command(
     )
     with reporter.progress("measuring") as progress:
         found = measure_speed(
-            lambda: FillableSession(engine),
+            engine.session,
             model.vocab_size,
             context,
             depths,

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from click.testing import Result
 
-from mla_deploy.cli.depth import FillableSession
 from mla_deploy.runtime import load
 
 Invoke = Callable[..., Result]
@@ -190,14 +189,14 @@ def test_bench_measures_each_depth(bundle: Path, values_of: ValuesOf, invoke: In
 
 def test_a_depth_holds_copies_of_a_real_prefix(bundle: Path) -> None:
     engine = load(bundle, max_tokens=512)
-    session = FillableSession(engine)
+    session = engine.session()
     prefix = np.random.default_rng(0).integers(0, 4096, 130).tolist()
     session.prefill(prefix)
     session.fill_by_copies(333)
-    tokens = session.session.tokens
+    tokens = session.tokens
     assert len(tokens) == 333
     assert tokens == (*prefix[:128], *prefix[:128], *prefix[:77])
-    pages = session.session.pages.pages
+    pages = session.pages.pages
     assert len(set(pages)) == 6, "copies have pages of their own"
     for array in engine._arena.arrays.values():
         assert array[pages[0]].any()
@@ -207,10 +206,10 @@ def test_a_depth_holds_copies_of_a_real_prefix(bundle: Path) -> None:
 
 
 def test_a_prefix_shorter_than_a_page_is_kept(bundle: Path) -> None:
-    session = FillableSession(load(bundle, max_tokens=256))
+    session = load(bundle, max_tokens=256).session()
     session.prefill([1, 2, 3])
     session.fill_by_copies(3)
-    assert session.session.tokens == (1, 2, 3)
+    assert session.tokens == (1, 2, 3)
 
 
 @pytest.mark.parametrize("command", ["run", "bench", "eval"])

@@ -118,8 +118,8 @@ const KernelTable* kernels_of(Isa isa) {
     switch (isa) {
         case Isa::kPortable: return portable_kernels();
 #if defined(MLA_CPU_X86)
-        case Isa::kAvx2: return avx2_kernels();
-        case Isa::kAvx2Vnni: return avx2_vnni_kernels();
+        case Isa::kAvx2: return nullptr;
+        case Isa::kAvx2Vnni: return nullptr;
         case Isa::kAvx512Vnni:
             return features().avx512_bf16 ? avx512_bf16_kernels() : avx512_kernels();
         case Isa::kAmx: return amx_kernels();

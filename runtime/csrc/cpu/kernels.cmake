@@ -20,3 +20,13 @@ function(mla_add_isa source)
     set_source_files_properties(csrc/cpu/${source} PROPERTIES
         COMPILE_OPTIONS "-O3;-ffp-contract=off;-fno-math-errno;${ARGN}")
 endfunction()
+
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
+    target_compile_definitions(mla_cpu PRIVATE MLA_CPU_X86)
+    set(avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c)
+    # GCC 12 takes the headers' own undefined registers for ours (its bug 105593).
+    list(APPEND avx512 -Wno-uninitialized -Wno-maybe-uninitialized)
+    mla_add_isa(isa_avx512.cpp ${avx512})
+    mla_add_isa(isa_avx512_bf16.cpp ${avx512} -mavx512bf16)
+    mla_add_isa(isa_amx.cpp ${avx512} -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16)
+endif()

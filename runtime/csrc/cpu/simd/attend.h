@@ -33,7 +33,7 @@ struct Attend {
         size_t bytes;
     };
 
-    static Buffers lay_out(uint8_t* memory, const Record& record, int rows, bool both) {
+    static Buffers lay_out(uint8_t* memory, const Record& record, int rows) {
         Buffers b = {};
         const auto take = [&](int64_t bytes) {
             uint8_t* at = memory ? memory + b.bytes : nullptr;
@@ -51,12 +51,12 @@ struct Attend {
         b.top = floats(all);
         b.pe_columns = floats(int64_t{record.rope} * kPageTokens);
         b.page_floats = floats(static_cast<int64_t>(Decoder<X>::scratch_floats(record)));
-        const int64_t shared = static_cast<int64_t>(b.bytes);
+        // run_exact()'s and run_codes()'s buffers share their place.
+        const size_t shared = b.bytes;
         b.c_rows = floats(rank * kPageTokens);
         b.c_columns = floats(rank * kPageTokens);
-        if (!both && memory) b.bytes = static_cast<size_t>(shared);  // the two never run together
         const size_t exact_bytes = b.bytes;
-        b.bytes = static_cast<size_t>(shared);
+        b.bytes = shared;
         QuantRows& q = b.quant;
         q.planes = record.format == CacheFormat::kInt8 ? 2 : 1;
         for (int p = 0; p < q.planes; ++p) q.q[p] = reinterpret_cast<int8_t*>(take(all * rank));
@@ -68,13 +68,14 @@ struct Attend {
         b.page.centre = floats(groups * kPageTokens);
         b.page.share = floats(groups * kPageTokens);
         b.page.largest = floats(groups);
+        b.page.pe_scale = floats(int64_t{record.rope_groups} * kPageTokens);
         b.lines = take(static_cast<int64_t>(Dot::scratch_bytes(record, rows)));
         if (b.bytes < exact_bytes) b.bytes = exact_bytes;
         return b;
     }
 
     static size_t scratch(const Record& record, int rows) {
-        return lay_out(nullptr, record, rows, true).bytes;
+        return lay_out(nullptr, record, rows).bytes;
     }
 
     // rows.scores to probabilities relative to the page's maximum; max, sum, alpha, beta.
@@ -92,7 +93,8 @@ struct Attend {
                                           X::set(kNothingSeen));
             }
             const F tops = X::max(X::max(x[0], x[1]), X::max(x[2], x[3]));
-            const F top = X::set(X::highest(tops));
+            const float highest = X::highest(tops);
+            const F top = X::set(highest);
             F sum = X::set(0);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
@@ -100,7 +102,7 @@ struct Attend {
                 sum = X::add(sum, p);
                 X::store(score + 16 * i, p);
             }
-            X::store_first(b.top + r, top);
+            b.top[r] = highest;
             b.beta[r] = X::sum(sum);  // for now
         }
         for (int r = 0; r < padded(task.rows); r += 16) {
@@ -180,7 +182,7 @@ struct Attend {
 
     static void run_codes(const AttendTask& task) {
         const Record& record = *task.record;
-        Buffers b = lay_out(task.scratch, record, task.rows, false);
+        Buffers b = lay_out(task.scratch, record, task.rows);
         b.quant.rows = task.rows;
         b.quant.scores = b.scores;
         b.quant.beta = b.beta;
@@ -189,7 +191,7 @@ struct Attend {
         QuantDot<X>::quantize_queries(record, task.q_latent, b.quant);
         for (int i = 0; i < task.rows * record.groups * 16; i += 16)
             X::store(b.quant.zeros + i, X::set(0));
-        Dot::begin(record, b.quant);
+        Dot::begin(record, b.quant, task.q_pe, b.lines);
         for (int64_t page = task.page_begin; page < task.page_end; ++page) {
             const int64_t left = task.length - page * kPageTokens;
             const int valid = left < kPageTokens ? static_cast<int>(left) : kPageTokens;
@@ -197,9 +199,14 @@ struct Attend {
             const int64_t next = page + 1 < task.page_end ? page + 1 : page;
             b.page.next_codes = view_page(record, task.pages[next]).codes;
             QuantDot<X>::load_page(b.page, valid);
-            Decoder<X>::decode_pe(record, b.page.view, valid, b.page_floats, b.pe_columns);
-            Gemm<X>::run(task.rows, kPageTokens, record.rope, task.q_pe, record.rope, b.pe_columns,
-                         kPageTokens, b.scores, kPageTokens, false);
+            if constexpr (Dot::kScoresRope) {
+                Decoder<X>::load_columns(b.page.view.pe_scale, record.rope_groups, valid,
+                                         b.page.pe_scale);
+            } else {
+                Decoder<X>::decode_pe(record, b.page.view, valid, b.page.pe_scale, b.pe_columns);
+                Gemm<X>::run(task.rows, kPageTokens, record.rope, task.q_pe, record.rope,
+                             b.pe_columns, kPageTokens, b.scores, kPageTokens, false);
+            }
             Dot::add_scores(b.quant, b.page, b.lines);
             softmax(task, page, b);
             rescale(task, b, true);
@@ -212,7 +219,7 @@ struct Attend {
 
     static void run_exact(const AttendTask& task) {
         const Record& record = *task.record;
-        Buffers b = lay_out(task.scratch, record, task.rows, true);
+        Buffers b = lay_out(task.scratch, record, task.rows);
         for (int64_t page = task.page_begin; page < task.page_end; ++page) {
             const int64_t left = task.length - page * kPageTokens;
             const int valid = left < kPageTokens ? static_cast<int>(left) : kPageTokens;

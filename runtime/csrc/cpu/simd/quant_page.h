@@ -42,6 +42,7 @@ struct QuantPage {
     float* centre;   // [groups, 64] what code 8 stands for (int4)
     float* share;    // [groups, 64] scale / largest scale of the group
     float* largest;  // [groups]
+    float* pe_scale; // [rope_groups, 64]
     bool has_zero;
 };
 
@@ -356,7 +357,8 @@ struct QuantDot {
         return kPageTokens * 64 + kMaxPlanes * 16 * kPageTokens;
     }
 
-    static void begin(const Record&, QuantRows&) {}
+    static constexpr bool kScoresRope = false;  // add_scores finds the rope part in the scores
+    static void begin(const Record&, const QuantRows&, const float*, uint8_t*) {}
     static void end() {}
 };
 

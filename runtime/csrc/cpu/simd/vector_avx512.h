@@ -87,6 +87,26 @@ struct Avx512 {
     static F bf16_high(I x) {
         return _mm512_castsi512_ps(_mm512_and_si512(x, set_dword(static_cast<int32_t>(0xffff0000))));
     }
+#if defined(__AVX512BF16__)
+    static I bf16_bits(F x) {  // in the low half of each dword
+        return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
+    }
+#else
+    static I bf16_bits(F x) {
+        const I bits = _mm512_castps_si512(x);
+        const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), set_dword(1));
+        const I up = _mm512_add_epi32(odd, set_dword(0x7fff));
+        return _mm512_srli_epi32(_mm512_add_epi32(bits, up), 16);
+    }
+#endif
+    static void store_bf16(uint16_t* p, F x) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bf16_bits(x)));
+    }
+    // 16 pairs (low, high).
+    static void store_bf16_pairs(uint16_t* p, F low, F high) {
+        store(static_cast<void*>(p),
+              _mm512_or_si512(bf16_bits(low), _mm512_slli_epi32(bf16_bits(high), 16)));
+    }
     static I set_dword(int32_t x) { return _mm512_set1_epi32(x); }
     static I set_byte(int x) { return _mm512_set1_epi8(static_cast<char>(x)); }
     static I zero() { return _mm512_setzero_si512(); }
