@@ -62,7 +62,7 @@ def by_range(x: torch.Tensor, levels: int) -> torch.Tensor:
 
 
 def hqq(x: torch.Tensor, levels: int, *, refits_scale: bool) -> torch.Tensor:
-    low, scale, zero = _start(x, levels)
+    _low, scale, zero = _start(x, levels)
     mean_steps = x.mean(-1, keepdim=True) / scale
     for _ in range(STEPS):
         codes = (x / scale + zero).round().clamp(0, levels)
