@@ -43,7 +43,7 @@ demo: setup  ## run the main job on the shipped model
 	PATH="$(ABSBIN):$$PATH" bash examples/demo.sh
 
 test: setup  ## run the tests
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 lint: setup types  ## check style, types, the directions of imports, C++ formatting
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ This solver keeps that alternation and goes on from where it ends:
 - scale and zero are rounded to the type they are stored in before the last codes are chosen.
 
 A group's result depends on nothing outside the group. `benchmarks/weight_solver.py` has the
-figures: 8 % less squared error than HQQ, with real zeros and with whole ones.
+figures: 6 to 9 % less squared error than HQQ at 4 bit, with real zeros and with whole ones.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ import torch
 from mla_deploy.errors import CheckpointError
 
 LARGEST_SCALE = torch.finfo(torch.float16).max
+TINY = 1e-30
+"""Scales below it count as zero: their reciprocal could leave float32. Float16 ends at 6e-8."""
 ZERO_STEPS = 20
 """HQQ's: codes for the zero, zero for the codes, at a fixed scale."""
 ROUNDS = {("exact", 4): 5, ("integer", 4): 3, ("exact", 8): 2, ("integer", 8): 2}
@@ -99,7 +101,7 @@ class _Solver:
 
     def codes(self, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """The nearest codes [G, group], as float32, in a buffer that the next call overwrites."""
-        inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
+        inverse = torch.where(scale > TINY, 1.0 / scale, 0.0)
         codes = torch.mul(self.x, inverse, out=self._codes)
         return codes.add_(zero).round_().clamp_(0, self.levels)
 
@@ -204,5 +206,5 @@ def _stored_scale(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _divide(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`x / scale`, and zero where the scale is."""
-    return torch.where(scale > 0, x / scale, 0.0)
+    """`x / scale`, and zero where the scale is as good as zero."""
+    return torch.where(scale > TINY, x / scale, 0.0)

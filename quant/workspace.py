@@ -41,9 +41,9 @@ def workspace(out: Path, job: dict[str, Any]) -> Iterator[Path]:
         _claim(partial, job_file, job)
         try:
             yield partial
-            with writing(partial):
-                (partial / JOB_FILE).unlink()
             publish(partial, out)
+            with writing(out):  # only now: a kill before it must not orphan the partial folder
+                (out / JOB_FILE).unlink()
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)
             raise

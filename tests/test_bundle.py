@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mla_deploy import bundle as bundle_module
-from mla_deploy.bundle import Bundle, BundleError, describe_file
+from mla_deploy.bundle import Bundle, describe_file
+from mla_deploy.errors import BundleError
 
 Json = dict[str, Any]
 

@@ -61,8 +61,8 @@ def test_no_group_is_worse_than_the_package(name: str, bits: int, tiny_mla: Path
     theirs = squared_error(x, (codes - zero) * scale)
     ours = squared_error(x, restore(solve(x, bits, "exact")))
     share_worse = float((ours > 1.01 * theirs).float().mean())
-    assert share_worse <= (0.001 if bits == 4 else 0.1)
-    assert float(ours.sum() / theirs.sum()) < (0.94 if bits == 4 else 1.0)
+    assert share_worse <= (0.001 if bits == 4 else 0.02)
+    assert float(ours.sum() / theirs.sum()) < (0.95 if bits == 4 else 1.0)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -73,14 +73,14 @@ def test_whole_zeros_cost_little(name: str, tiny_mla: Path) -> None:
     rounded = squared_error(x, ((x / scale + whole).round().clamp(0, 15) - whole) * scale).sum()
     exact = squared_error(x, (codes - zero) * scale).sum()
     ours = squared_error(x, restore(solve(x, 4, "integer"))).sum()
-    assert ours < 0.95 * rounded
+    assert ours < 0.96 * rounded
     assert ours < 1.2 * exact
 
 
 def test_close_to_an_exhaustive_search() -> None:
-    x = torch.randn(40, 32) * 0.02
+    x = torch.randn(200, 32) * 0.02
     span = x.amax(-1) - x.amin(-1)
-    best = torch.full((40,), float("inf"), dtype=torch.float64)
+    best = torch.full((200,), float("inf"), dtype=torch.float64)
     for part in torch.linspace(0.5, 1.1, 241):
         scale = (part * span / 15).unsqueeze(-1).double()
         for zero in range(16):
@@ -129,6 +129,19 @@ def test_one_hot_is_kept(zeros: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("zeros", KINDS)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("power", [-45, -40, -37, -30, -20, -10, -8])
+def test_weights_below_float16_become_zero(power: int, bits: int, zeros: str) -> None:
+    one_hot = torch.zeros(GROUP)
+    one_hot[-1] = 1.0
+    x = torch.stack([one_hot, -one_hot, torch.ones(GROUP), torch.randn(GROUP)]) * 10.0**power
+    solved = solve(x, bits, zeros)
+    assert bool(torch.isfinite(solved.zero.float()).all())
+    # the smallest step of float16 is 6e-8; a scale below half of it is stored as zero
+    assert float((restore(solved) - x).abs().max()) <= min(float(x.abs().max()), 3e-8 * 2**bits)
+
+
+@pytest.mark.parametrize("zeros", KINDS)
 def test_narrow_groups_far_from_zero_stay_where_they_are(zeros: str) -> None:
     x = 1.0 + torch.randn(20, GROUP) * 1e-4
     restored = restore(solve(x, 4, zeros))
@@ -147,7 +160,7 @@ def test_refuses_what_float16_scales_cannot_hold(zeros: str, bits: int) -> None:
         solve(x, bits, zeros)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     magnitudes=st.lists(
         st.tuples(st.integers(-45, 5), st.floats(-1, 1, width=32)), min_size=32, max_size=32

@@ -86,7 +86,7 @@ def test_int4_beats_rounding_to_the_range() -> None:
     step = (high - low) / LEVELS
     plain = ((x - low) / step).round() * step + low
     ours = (codes * scale.float() + zero.float() - x).square().mean()
-    assert ours < 0.9 * (plain - x).square().mean()
+    assert ours < 0.92 * (plain - x).square().mean()
 
 
 @pytest.mark.parametrize("name", ["int4", "int8"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -57,8 +59,15 @@ def test_blocks_do_not_show(zeros: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_number_of_threads_is_left_alone() -> None:
     before = torch.get_num_threads()
-    quantize_matrix(torch.randn(64, 64), WeightFormat(4, 64))
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(3)
+    try:
+        quantize_matrix(torch.randn(64, 64), WeightFormat(4, 64))
+        assert weights._workers(3).submit(torch.get_num_threads).result() == 1
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(torch.get_num_threads).result() == 3
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_group_that_does_not_divide_names_those_that_do() -> None:

@@ -7,16 +7,15 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import pytest
 
-from mla_deploy.bundle import BundleError
-from mla_deploy.errors import MlaError, SessionError, TokenizerError, UsageError
+from mla_deploy.errors import BundleError, MlaError, SessionError, TokenizerError, UsageError
 from mla_deploy.runtime import Engine, load
 
 if TYPE_CHECKING:
@@ -60,11 +59,14 @@ def test_no_more_tokens_than_a_chunk_go_through_the_graph_at_once(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = toy.load(prefill_chunk=100)
-    sizes = []
+    sizes: list[int] = []
     run = engine._graph.run
-    monkeypatch.setattr(
-        engine._graph, "run", lambda feeds: sizes.append(feeds["input_ids"].size) or run(feeds)
-    )
+
+    def counted(feeds: Mapping[str, Any]) -> object:
+        sizes.append(feeds["input_ids"].size)
+        return run(feeds)
+
+    monkeypatch.setattr(engine._graph, "run", counted)
     engine.step([(engine.session(), random_ids(n)) for n in (150, 90, 10)])
     assert sum(sizes) >= 250
     assert max(sizes) <= 100
@@ -223,6 +225,18 @@ def test_a_fork_that_cannot_be_copied_is_full(toy: Toy) -> None:
         np.testing.assert_array_equal(session.decode(4), toy.logits([1, 2, 3, 4]))
 
 
+def test_room_leaves_a_page_for_the_copy_of_a_shared_one(toy: Toy) -> None:
+    engine = toy.load(max_tokens=128)
+    with engine.session() as session:
+        session.prefill([1, 2, 3])
+        fork = session.fork()
+        assert session.room == 61
+        with pytest.raises(SessionError, match="full"):
+            session.prefill([1] * 62)
+        session.prefill([1] * 61)
+        fork.close()
+
+
 def test_the_models_context_is_a_limit(toy: Toy) -> None:
     engine = toy.load(max_tokens=5000)
     with engine.session() as session:
@@ -294,11 +308,11 @@ def test_a_step_that_fails_half_way_leaves_the_sessions_as_they_were(
         room = session.room
         run, calls = engine._graph.run, []
 
-        def interrupted(feeds: object) -> object:
+        def interrupted(feeds: Mapping[str, Any]) -> object:
             calls.append(feeds)
             if len(calls) == 3:
                 raise KeyboardInterrupt
-            return run(feeds)  # type: ignore[arg-type]
+            return run(feeds)
 
         with monkeypatch.context() as patch:
             patch.setattr(engine._graph, "run", interrupted)

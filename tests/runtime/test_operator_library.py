@@ -42,9 +42,10 @@ LEVELS = {
     "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
-RELATIVE_ERROR = {"int4": 1e-2, "int8": 1e-2, "fp16": 1e-2, "fp32": 1e-5}
-"""Of the outputs. A cache in fp32 is computed exactly; the others with weights in bfloat16 (2^-9)
-and queries in int8."""
+RELATIVE_ERROR = {"int4": 2e-2, "int8": 2e-2, "fp16": 1e-2, "fp32": 3e-5}
+"""Of the outputs. A cache in fp32 is computed exactly; the others with weights in bfloat16, and a
+quantised cache also with queries and probabilities in int8. How good the kernels are is tested with
+them, against float64; a wrong operand is far outside of these."""
 HEADS, NOPE, ROPE, RANK, V = 4, 32, 16, 128, 24
 
 Array = npt.NDArray[Any]
@@ -322,7 +323,9 @@ def test_both_modes_compute_what_the_function_does(cache_format: str, mode: str)
 def test_whole_models_agree(
     bundles: Callable[[str], Path], cache_format: str, level: str, tmp_path: Path
 ) -> None:
-    rng = np.random.default_rng(torch.initial_seed())
+    # Always these tokens: of others, one in some thousands lies so near to a router's tie that it
+    # takes another expert after an error of 1e-6.
+    rng = np.random.default_rng(1)
     tokens = rng.integers(2, 4000, size=(2, 150))
     table = np.array([[5, 2, 7], [3, 6, 0]])
     logits = {}
@@ -353,7 +356,8 @@ def test_whole_models_agree(
             logits[native].append(values[0])
             names = [output.name.replace("present", "cache") for output in session.get_outputs()]
             arenas = dict(zip(names[1:], values[1:], strict=True))
-    assert_close(np.stack(logits[True]), np.stack(logits[False]), 20 * RELATIVE_ERROR[cache_format])
+    tolerance = {"int4": 3e-2, "fp32": 1e-5}[cache_format]
+    assert_close(np.stack(logits[True]), np.stack(logits[False]), tolerance)
 
 
 @pytest.mark.parametrize("cache_format", FORMATS)

@@ -156,7 +156,7 @@ def test_the_penalty_comes_before_the_temperature_and_counts_once() -> None:
     assert sampler.pick(logits) == 0
     sampler.observe([0, 0, 2])  # 1.5, 1.9, -2
     assert sampler.pick(logits) == 1
-    np.testing.assert_array_equal(sampler._penalised(logits), np.float32([1.5, 1.9, -2]))
+    np.testing.assert_array_equal(sampler._penalised(logits), np.array([1.5, 1.9, -2], np.float32))
     assert logits.tolist() == [3.0, np.float32(1.9), -1.0], "the caller's logits stay"
 
 
@@ -165,6 +165,21 @@ def test_top_p_counts_what_top_k_left() -> None:
     logits = np.log(np.array([0.4, 0.3, 0.2, 0.1])).astype(np.float32)
     options = GenerationOptions(temperature=1.0, top_k=2, top_p=0.5)
     assert dense(Sampler(options, 4), logits).tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("number", "expected"), [(0.0, 1), (0.25, 1), (0.5, 3), (1 - 2**-53, 3)])
+def test_the_edges_of_the_random_numbers_draw_possible_tokens(
+    number: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fixed:
+        def random(self) -> float:
+            return number
+
+    sampler = Sampler(GenerationOptions(temperature=1.0), 5)
+    monkeypatch.setattr(sampler, "_random", Fixed())
+    impossible = -np.inf
+    logits = np.array([impossible, 0, impossible, 0, impossible], dtype=np.float32)
+    assert sampler.pick(logits) == expected
 
 
 def test_impossible_tokens_are_never_drawn() -> None:

@@ -14,8 +14,8 @@
 namespace mla::cpu {
 namespace {
 
-constexpr int kTaskRows = 128;        // rows of one attend task: their sums stay in L2
-constexpr int64_t kMinPages = 8;      // of one attend task: below, the merge costs more than it wins
+constexpr int kTaskRows = 128;    // rows of one attend task: their sums stay in L2
+constexpr int64_t kMinPages = 8;  // of one attend task: below, the merge costs more than it wins
 constexpr int64_t kRoundRows = 8192;  // rows at a time: bounds the workspace
 constexpr int kTasksPerThread = 3;    // so that a slow thread is helped out
 constexpr int kProjectTokens = 32;    // tokens of one project or merge task
@@ -59,7 +59,8 @@ class Absorbed {
 
     Status run(bool encode_first) {
         const LatentAttentionParams& p = *call_.params;
-        const int64_t per_round = kRoundRows / call_.dims.heads > 0 ? kRoundRows / call_.dims.heads : 1;
+        const int64_t per_round =
+            kRoundRows / call_.dims.heads > 0 ? kRoundRows / call_.dims.heads : 1;
         Cursor cursor = {};
         bool encode = encode_first;
         while (cursor.b < p.batch) {
@@ -167,7 +168,8 @@ class Absorbed {
         r.sum = carver.take<float>(task_rows);
         r.o = carver.take<float>(task_rows * call_.dims.rank);
         const int64_t widest = rows < kTaskRows ? rows : kTaskRows;
-        r.task_scratch_bytes = call_.kernels->attend_scratch(call_.record, static_cast<int>(widest));
+        r.task_scratch_bytes =
+            call_.kernels->attend_scratch(call_.record, static_cast<int>(widest));
         const size_t merge_bytes = merge_scratch_floats() * sizeof(float);
         if (r.task_scratch_bytes < merge_bytes) r.task_scratch_bytes = merge_bytes;
         r.task_scratch_bytes = align_up(r.task_scratch_bytes);
@@ -192,8 +194,8 @@ class Absorbed {
             const Segment& segment = r.segments[block.segment];
             for (int64_t row = block.row; row < block.row + block.rows; ++row) {
                 r.row_block[row] = i;
-                r.visible[row] = call_.past(segment.b) + segment.s +
-                                 (row - segment.row) / heads() + 1;
+                r.visible[row] =
+                    call_.past(segment.b) + segment.s + (row - segment.row) / heads() + 1;
             }
             for (int64_t k = 0; k < block.splits; ++k) {
                 AttendTask& task = r.tasks[block.first_task + k];
@@ -243,8 +245,8 @@ class Absorbed {
     // Tokens [first, first + count) of the round: at most kMatmulRows.
     template <class Body>
     void visit_token_groups(int64_t cut, const Body& body) const {
-        const int64_t end = (cut + 1) * kProjectTokens < round_.tokens ? (cut + 1) * kProjectTokens
-                                                                       : round_.tokens;
+        const int64_t end =
+            (cut + 1) * kProjectTokens < round_.tokens ? (cut + 1) * kProjectTokens : round_.tokens;
         for (int64_t first = cut * kProjectTokens; first < end; first += kMatmulRows)
             body(first, static_cast<int>(end - first < kMatmulRows ? end - first : kMatmulRows));
     }
@@ -265,7 +267,8 @@ class Absorbed {
             task.w = w.head_uk(head);
             task.layout = w.uk_layout();
             task.stride = w.rank_padded;
-            task.scale = w.uk_scale ? w.uk_scale + static_cast<int64_t>(head) * w.rank_padded : nullptr;
+            task.scale =
+                w.uk_scale ? w.uk_scale + static_cast<int64_t>(head) * w.rank_padded : nullptr;
             for (int i = 0; i < rows; ++i) {
                 const Segment& segment = segment_of(first + i);
                 const int64_t s = segment.s + first + i - segment.row / heads();
@@ -318,7 +321,8 @@ class Absorbed {
             task.w = w.head_uv(head);
             task.layout = w.uv_layout();
             task.stride = w.v_padded;
-            task.scale = w.uv_scale ? w.uv_scale + static_cast<int64_t>(head) * w.v_padded : nullptr;
+            task.scale =
+                w.uv_scale ? w.uv_scale + static_cast<int64_t>(head) * w.v_padded : nullptr;
             for (int i = 0; i < rows; ++i) {
                 float* x = scratch + i * w.rank_padded;
                 merge_row((first + i) * heads() + head, x);

@@ -41,16 +41,22 @@ bool works_here(Isa isa) {
     if (!kernels_of(isa)) return false;
     const Features& f = features();
     switch (isa) {
-        case Isa::kPortable: return true;
-        case Isa::kAvx2: return f.avx2;
-        case Isa::kAvx2Vnni: return f.avx2 && f.avx_vnni;
-        case Isa::kAvx512Vnni: return f.avx512_vnni;
+        case Isa::kPortable:
+            return true;
+        case Isa::kAvx2:
+            return f.avx2;
+        case Isa::kAvx2Vnni:
+            return f.avx2 && f.avx_vnni;
+        case Isa::kAvx512Vnni:
+            return f.avx512_vnni;
         case Isa::kAmx:
-            return f.avx512_vnni && f.avx512_bf16 && f.amx_int8 &&
-                   f.amx_bf16 && tiles_granted();
-        case Isa::kNeon: return f.neon;
-        case Isa::kNeonDotprod: return f.neon && f.dotprod;
-        default: return false;
+            return f.avx512_vnni && f.avx512_bf16 && f.amx_int8 && f.amx_bf16 && tiles_granted();
+        case Isa::kNeon:
+            return f.neon;
+        case Isa::kNeonDotprod:
+            return f.neon && f.dotprod;
+        default:
+            return false;
     }
 }
 
@@ -116,18 +122,25 @@ Status resolve_isa(Isa isa, Isa* resolved) {
 
 const KernelTable* kernels_of(Isa isa) {
     switch (isa) {
-        case Isa::kPortable: return portable_kernels();
+        case Isa::kPortable:
+            return portable_kernels();
 #if defined(MLA_CPU_X86)
-        case Isa::kAvx2: return nullptr;
-        case Isa::kAvx2Vnni: return nullptr;
+        case Isa::kAvx2:
+            return avx2_kernels();
+        case Isa::kAvx2Vnni:
+            return avx2_vnni_kernels();
         case Isa::kAvx512Vnni:
             return features().avx512_bf16 ? avx512_bf16_kernels() : avx512_kernels();
-        case Isa::kAmx: return amx_kernels();
+        case Isa::kAmx:
+            return amx_kernels();
 #elif defined(MLA_CPU_ARM)
-        case Isa::kNeon: return neon_kernels();
-        case Isa::kNeonDotprod: return neon_dotprod_kernels();
+        case Isa::kNeon:
+            return neon_kernels();
+        case Isa::kNeonDotprod:
+            return neon_dotprod_kernels();
 #endif
-        default: return nullptr;
+        default:
+            return nullptr;
     }
 }
 

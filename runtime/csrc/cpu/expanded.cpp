@@ -209,6 +209,8 @@ class Expanded {
 
 }  // namespace
 
-Status attend_expanded(const Call& call, int64_t sequence) { return Expanded(call, sequence).run(); }
+Status attend_expanded(const Call& call, int64_t sequence) {
+    return Expanded(call, sequence).run();
+}
 
 }  // namespace mla::cpu

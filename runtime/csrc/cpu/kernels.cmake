@@ -26,7 +26,18 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
     set(avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c)
     # GCC 12 takes the headers' own undefined registers for ours (its bug 105593).
     list(APPEND avx512 -Wno-uninitialized -Wno-maybe-uninitialized)
+    mla_add_isa(isa_avx2.cpp -mavx2 -mfma -mf16c)
+    mla_add_isa(isa_avx2_vnni.cpp -mavx2 -mfma -mf16c -mavxvnni)
     mla_add_isa(isa_avx512.cpp ${avx512})
     mla_add_isa(isa_avx512_bf16.cpp ${avx512} -mavx512bf16)
     mla_add_isa(isa_amx.cpp ${avx512} -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16)
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
+    target_compile_definitions(mla_cpu PRIVATE MLA_CPU_ARM)
+    mla_add_isa(isa_neon.cpp)
+    mla_add_isa(isa_neon_dotprod.cpp -march=armv8.2-a+dotprod)
 endif()
+
+# Built only when asked for: benchmarks/cpu_attention.py does.
+add_executable(cpu_attention_benchmark EXCLUDE_FROM_ALL ../benchmarks/cpu_attention.cpp)
+target_link_libraries(cpu_attention_benchmark PRIVATE mla_cpu)
+target_compile_options(cpu_attention_benchmark PRIVATE -O3 -march=native)

@@ -37,14 +37,14 @@ enum class WeightLayout : int {
 constexpr int kMatmulRows = 4;
 
 struct MatmulTask {
-    int rows;                      // 1 to kMatmulRows
-    int k, n;                      // n a multiple of 16; k even for kPairsBf16
-    const float* x[kMatmulRows];   // [k] each
+    int rows;                     // 1 to kMatmulRows
+    int k, n;                     // n a multiple of 16; k even for kPairsBf16
+    const float* x[kMatmulRows];  // [k] each
     const void* w;
     WeightLayout layout;
     int64_t stride;
-    const float* scale;            // [n], kRowsInt8 only
-    float* out[kMatmulRows];       // [n] each
+    const float* scale;       // [n], kRowsInt8 only
+    float* out[kMatmulRows];  // [n] each
 };
 
 // Rows of absorbed queries of one sequence against a run of its pages.
@@ -75,10 +75,10 @@ constexpr int kChunkTokens = 512;
 struct ChunkTask {
     const Record* record;
     const int64_t* pages;
-    int64_t page;      // in the sequence: this task decodes one page
-    int64_t length;    // tokens beyond are decoded as zeros
-    int rank_padded;   // D rounded up to 32
-    int rope_padded;   // R rounded up to 32
+    int64_t page;     // in the sequence: this task decodes one page
+    int64_t length;   // tokens beyond are decoded as zeros
+    int rank_padded;  // D rounded up to 32
+    int rope_padded;  // R rounded up to 32
     bool bf16;
     void* c_rows;      // [64, rank_padded]: this page's rows
     void* c_columns;   // [rank_padded / pair][kChunkTokens][pair], already at this page's token
@@ -100,10 +100,10 @@ struct HeadTask {
     int chunk_tokens;     // multiple of 64
     int64_t past;         // query s sees tokens 0 to past + s
     int queries;
-    const void* q;  // [queries rounded up to 16, nope_padded + rope_padded] elements, scaled
-    float* max;     // [queries] running
-    float* sum;     // [queries] running
-    float* o;       // [queries rounded up to 16, v_padded] running
+    const void* q;     // [queries rounded up to 16, nope_padded + rope_padded] elements, scaled
+    float* max;        // [queries] running
+    float* sum;        // [queries] running
+    float* o;          // [queries rounded up to 16, v_padded] running
     uint8_t* scratch;  // head_scratch() bytes
 };
 

@@ -63,8 +63,7 @@ Status check_sequences(const LatentAttentionParams& p) {
 
 Status check_pointers(const LatentAttentionParams& p, bool attend) {
     if (p.batch == 0 || p.steps == 0) return Status::kOk;
-    if (!p.kv || !p.cos || !p.sin)
-        return fail(Status::kBadArgument, "kv, cos or sin is null");
+    if (!p.kv || !p.cos || !p.sin) return fail(Status::kBadArgument, "kv, cos or sin is null");
     if (attend && (!p.q || !p.output)) return fail(Status::kBadArgument, "q or output is null");
     if (attend && !p.workspace)
         return fail(Status::kBadArgument, "workspace is null; make one with create_workspace()");
@@ -121,7 +120,8 @@ Status make_call(const LatentAttentionParams& p, bool attend, Call* call) {
     const int64_t heads = d.heads;
     if (s == Status::kOk)
         s = set_stride("q_stride", p.q_stride, heads * (d.nope + d.rope), &call->q_stride);
-    if (s == Status::kOk) s = set_stride("kv_stride", p.kv_stride, d.rank + d.rope, &call->kv_stride);
+    if (s == Status::kOk)
+        s = set_stride("kv_stride", p.kv_stride, d.rank + d.rope, &call->kv_stride);
     if (s == Status::kOk)
         s = set_stride("output_stride", p.output_stride, heads * d.v, &call->output_stride);
     Isa isa = Isa::kAuto;
@@ -197,8 +197,7 @@ AttentionMode choose_mode(const AttentionDims& d, Isa resolved, bool exact, int6
     const double tokens = static_cast<double>(past + fresh);
     const double pairs = static_cast<double>(fresh) * (past + 0.5 * fresh);
     const double absorbed = pairs * (2.0 * d.rank + d.rope);
-    const double expanded =
-        tokens * d.rank * (d.nope + d.v) + pairs * (d.nope + d.rope + d.v);
+    const double expanded = tokens * d.rank * (d.nope + d.v) + pairs * (d.nope + d.rope + d.v);
     const float absorbed_rate = exact ? kernels->absorbed_exact_rate : kernels->absorbed_rate;
     const float expanded_rate = exact ? kernels->expanded_exact_rate : kernels->expanded_rate;
     return absorbed / absorbed_rate <= expanded / expanded_rate ? AttentionMode::kAbsorbed
@@ -246,8 +245,7 @@ Status latent_attention(const LatentAttentionParams& params) {
     bool any_absorbed = false, any_expanded = false;
     for (int64_t b = 0; b < params.batch; ++b) {
         absorbed[b] = choose_mode(call.dims, isa, params.weights->exact(), params.past_lengths[b],
-                                  params.new_lengths[b],
-                                  params.mode) == AttentionMode::kAbsorbed;
+                                  params.new_lengths[b], params.mode) == AttentionMode::kAbsorbed;
         if (params.new_lengths[b] > 0) (absorbed[b] ? any_absorbed : any_expanded) = true;
     }
     clear_padding(call);

@@ -58,7 +58,8 @@ Status resolve_isa(Isa isa, Isa* resolved);
 // One token leaves these parts, in this order. g = largest power of two <= 64 that divides D,
 // r = largest power of two <= 16 that divides R. Bytes at D = 512, R = 64:
 //
-//   int4   codes       uint8 BLOCKED  D / 2   256   byte 4 k + j: channel 8 k + j in the low nibble,
+//   int4   codes       uint8 BLOCKED  D / 2   256   byte 4 k + j: channel 8 k + j in the low
+//   nibble,
 //                                                   8 k + 4 + j in the high one (0 <= j < 4)
 //          scale       fp16  COLUMNS  D / g    16   c = scale * code + zero
 //          zero        fp16  COLUMNS  D / g    16
@@ -87,8 +88,8 @@ struct CacheArena {
 struct PartInfo {
     const char* name = "";
     int element_bytes = 0;
-    int width = 0;             // values per token
-    int64_t page_bytes = 0;    // element_bytes * width * 64
+    int width = 0;           // values per token
+    int64_t page_bytes = 0;  // element_bytes * width * 64
 };
 
 // Fills `parts` [kMaxParts]; `count` of them exist. kBadArgument: the format cannot hold the sizes.
@@ -152,19 +153,19 @@ size_t workspace_bytes(const Workspace* workspace);
 enum class AttentionMode : int { kAuto = 0, kAbsorbed = 1, kExpanded = 2 };
 
 struct LatentAttentionParams {
-    int64_t batch = 0;       // B
-    int64_t steps = 0;       // S
-    int64_t table_pages = 0; // M
+    int64_t batch = 0;        // B
+    int64_t steps = 0;        // S
+    int64_t table_pages = 0;  // M
 
     // Rows of a token start `*_stride` floats after those of the token before; 0: dense.
     // Sequence b starts S tokens after sequence b - 1.
-    const float* q = nullptr;   // [B, S, H * (N + R)]: a head's q_nope, then its q_pe, not rotated
+    const float* q = nullptr;  // [B, S, H * (N + R)]: a head's q_nope, then its q_pe, not rotated
     int64_t q_stride = 0;
     const float* kv = nullptr;  // [B, S, D + R]: latent before its norm, then k_pe, not rotated
     int64_t kv_stride = 0;
-    const float* cos = nullptr; // [B, S, R / 2], dense; pair i is channels 2 i and 2 i + 1
-    const float* sin = nullptr; // [B, S, R / 2], dense
-    float* output = nullptr;    // [B, S, H * V]; rows of padded tokens are set to zero
+    const float* cos = nullptr;  // [B, S, R / 2], dense; pair i is channels 2 i and 2 i + 1
+    const float* sin = nullptr;  // [B, S, R / 2], dense
+    float* output = nullptr;     // [B, S, H * V]; rows of padded tokens are set to zero
     int64_t output_stride = 0;
 
     const PreparedWeights* weights = nullptr;
@@ -173,7 +174,8 @@ struct LatentAttentionParams {
     // new tokens fall into must belong to one sequence alone; others may be shared.
     const int64_t* block_table = nullptr;
     const int64_t* past_lengths = nullptr;  // [B] tokens already in the cache
-    const int64_t* new_lengths = nullptr;   // [B] tokens of S that are real; padded ones write nothing
+    const int64_t* new_lengths =
+        nullptr;  // [B] tokens of S that are real; padded ones write nothing
 
     float softmax_scale = 0;         // multiplies the scores
     float latent_norm_epsilon = -1;  // of the RMSNorm (no gamma) on the latent; negative: no norm

@@ -183,13 +183,15 @@ float dot(const float* a, const float* b, int count) {
 float weight(const MatmulTask& task, int row, int column) {
     const int64_t at = row * task.stride + column;
     switch (task.layout) {
-        case WeightLayout::kRowsFp32: return static_cast<const float*>(task.w)[at];
+        case WeightLayout::kRowsFp32:
+            return static_cast<const float*>(task.w)[at];
         case WeightLayout::kRowsBf16:
             return bf16_to_float(static_cast<const uint16_t*>(task.w)[at]);
         case WeightLayout::kPairsBf16:
             return bf16_to_float(static_cast<const uint16_t*>(
                 task.w)[(row / 2 * task.stride + column) * 2 + row % 2]);
-        default: return static_cast<const int8_t*>(task.w)[at] * task.scale[column];
+        default:
+            return static_cast<const int8_t*>(task.w)[at] * task.scale[column];
     }
 }
 
@@ -298,10 +300,19 @@ void attend_head(const HeadTask& task) {
 }  // namespace
 
 const KernelTable* portable_kernels() {
-    static const KernelTable table = {false,          1,      1,      1,
-                                      1,              encode, matmul, attend_scratch,
-                                      attend,         chunk_scratch,  decode_chunk,
-                                      head_scratch,   attend_head};
+    static const KernelTable table = {false,
+                                      1,
+                                      1,
+                                      1,
+                                      1,
+                                      encode,
+                                      matmul,
+                                      attend_scratch,
+                                      attend,
+                                      chunk_scratch,
+                                      decode_chunk,
+                                      head_scratch,
+                                      attend_head};
     return &table;
 }
 

@@ -13,10 +13,10 @@ namespace {
 
 constexpr int kBlockTokens = 16;
 constexpr int kBlocks = kPageTokens / kBlockTokens;
-constexpr int kLine = 64;          // bytes of a BLOCKED line: 16 tokens, 4 values each
-constexpr int kLevels = 15;        // the largest 4-bit code
-constexpr int kRounds = 3;         // of codes and least-squares (scale, zero)
-constexpr float kTiny = 1e-30f;    // scales below count as zero
+constexpr int kLine = 64;        // bytes of a BLOCKED line: 16 tokens, 4 values each
+constexpr int kLevels = 15;      // the largest 4-bit code
+constexpr int kRounds = 3;       // of codes and least-squares (scale, zero)
+constexpr float kTiny = 1e-30f;  // scales below count as zero
 
 inline int group_size(int width, int largest) {
     while (width % largest) largest /= 2;
@@ -28,8 +28,8 @@ inline int group_size(int width, int largest) {
 // Sizes that follow from (format, D, R).
 struct Record {
     CacheFormat format;
-    int rank, group, groups;                 // latent channels, channels a group, groups
-    int rope, rope_group, rope_groups;       // the same of the rope key
+    int rank, group, groups;            // latent channels, channels a group, groups
+    int rope, rope_group, rope_groups;  // the same of the rope key
     int64_t page_bytes[kMaxParts];
     uint8_t* parts[kMaxParts];
 
@@ -38,13 +38,13 @@ struct Record {
 
 // One page's parts. What the format lacks is null.
 struct PageView {
-    uint8_t* codes;       // int4 [4][D / 8][16][4], int8 [4][D / 4][16][4]
-    uint16_t* scale;      // [D / group][64] fp16
-    uint16_t* zero;       // [D / group][64] fp16
-    int8_t* pe_codes;     // [4][R / 4][16][4]
-    uint16_t* pe_scale;   // [R / rope_group][64] fp16
-    void* c_rows;         // [64][D] fp16 or fp32
-    void* pe_rows;        // [64][R] fp16 or fp32
+    uint8_t* codes;      // int4 [4][D / 8][16][4], int8 [4][D / 4][16][4]
+    uint16_t* scale;     // [D / group][64] fp16
+    uint16_t* zero;      // [D / group][64] fp16
+    int8_t* pe_codes;    // [4][R / 4][16][4]
+    uint16_t* pe_scale;  // [R / rope_group][64] fp16
+    void* c_rows;        // [64][D] fp16 or fp32
+    void* pe_rows;       // [64][R] fp16 or fp32
 };
 
 namespace {

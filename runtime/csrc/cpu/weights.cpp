@@ -47,8 +47,8 @@ void prepare_head(const void* source, ElementType type, int64_t first, int rows,
             else if (precision == WeightPrecision::kBf16)
                 static_cast<uint16_t*>(target)[at] = float_to_bf16(x);
             else
-                static_cast<int8_t*>(target)[at] = static_cast<int8_t>(
-                    scale[c] > kTiny ? std::nearbyint(x / scale[c]) : 0.0f);
+                static_cast<int8_t*>(target)[at] =
+                    static_cast<int8_t>(scale[c] > kTiny ? std::nearbyint(x / scale[c]) : 0.0f);
         }
     }
 }
@@ -115,8 +115,7 @@ Status prepare_weights(const WeightsDesc& desc, PreparedWeights** weights) {
     for (int h = 0; h < d.heads; ++h) {
         prepare_head(desc.w_uk, desc.type, static_cast<int64_t>(h) * d.nope * d.rank, d.nope,
                      d.rank, desc.precision, false, w->rank_padded,
-                     const_cast<void*>(w->head_uk(h)),
-                     int8 ? w->uk_scale + h * rank : nullptr);
+                     const_cast<void*>(w->head_uk(h)), int8 ? w->uk_scale + h * rank : nullptr);
         prepare_head(desc.w_uv, desc.type, static_cast<int64_t>(h) * d.rank * d.v, d.rank, d.v,
                      desc.precision, pairs, w->v_padded, const_cast<void*>(w->head_uv(h)),
                      int8 ? w->uv_scale + h * static_cast<size_t>(w->v_padded) : nullptr);

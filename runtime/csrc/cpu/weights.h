@@ -21,7 +21,9 @@ struct PreparedWeights {
 
     bool exact() const { return precision == WeightPrecision::kFp32; }
     size_t element_bytes() const {
-        return precision == WeightPrecision::kFp32 ? 4 : precision == WeightPrecision::kBf16 ? 2 : 1;
+        return precision == WeightPrecision::kFp32   ? 4
+               : precision == WeightPrecision::kBf16 ? 2
+                                                     : 1;
     }
     const void* head_uk(int head) const {
         return static_cast<const uint8_t*>(w_uk) +

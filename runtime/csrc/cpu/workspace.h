@@ -11,7 +11,9 @@ constexpr size_t kAlign = 64;
 
 inline size_t align_up(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
-inline void* allocate(size_t bytes) { return std::aligned_alloc(kAlign, align_up(bytes ? bytes : 1)); }
+inline void* allocate(size_t bytes) {
+    return std::aligned_alloc(kAlign, align_up(bytes ? bytes : 1));
+}
 
 struct Workspace {
     uint8_t* memory = nullptr;

@@ -63,6 +63,8 @@ struct Attend {
         q.q_scale = floats(all * groups);
         q.q_sum = floats(all * groups);
         q.zeros = floats(all * groups * 16);
+        q.o = floats(all * rank);
+        q.o_group = int64_t{all} * record.group;
         b.page.scale = floats(groups * kPageTokens);
         b.page.zero = floats(groups * kPageTokens);
         b.page.centre = floats(groups * kPageTokens);
@@ -128,17 +130,23 @@ struct Attend {
         }
     }
 
+    static void scale_floats(float* x, int64_t count, F factor) {
+        for (int64_t i = 0; i < count; i += 16) X::store(x + i, X::mul(X::load(x + i), factor));
+    }
+
     static void rescale(const AttendTask& task, Buffers& b, bool codes) {
         const Record& record = *task.record;
         for (int r = 0; r < task.rows; ++r) {
             if (b.alpha[r] == 1) continue;
             const F alpha = X::set(b.alpha[r]);
-            float* o = task.o + int64_t{r} * record.rank;
-            for (int i = 0; i < record.rank; i += 16) X::store(o + i, X::mul(X::load(o + i), alpha));
-            if (!codes) continue;
-            float* zeros = b.quant.zeros + int64_t{r} * record.groups * 16;
-            for (int i = 0; i < record.groups * 16; i += 16)
-                X::store(zeros + i, X::mul(X::load(zeros + i), alpha));
+            if (!codes) {
+                scale_floats(task.o + int64_t{r} * record.rank, record.rank, alpha);
+                continue;
+            }
+            for (int g = 0; g < record.groups; ++g)
+                scale_floats(b.quant.o_at(r, g, record.group), record.group, alpha);
+            scale_floats(b.quant.zeros + int64_t{r} * record.groups * 16, record.groups * 16,
+                         alpha);
         }
     }
 
@@ -163,20 +171,28 @@ struct Attend {
         }
     }
 
-    // Columns to channels, and the zeros' share.
+    // To task.o: columns to channels, and the zeros' share.
     static void finish(const AttendTask& task, Buffers& b) {
         const Record& record = *task.record;
-        if (record.format != CacheFormat::kInt4) return;
-        int channel[64];
-        for (int i = 0; i < record.group; ++i) channel[i] = QuantDot<X>::channel_of(record, i);
+        const bool int4 = record.format == CacheFormat::kInt4;
         for (int r = 0; r < task.rows; ++r)
             for (int g = 0; g < record.groups; ++g) {
+                const float* from = b.quant.o_at(r, g, record.group);
                 float* o = task.o + int64_t{r} * record.rank + g * record.group;
+                if (!int4) {
+                    __builtin_memcpy(o, from, sizeof(float) * static_cast<size_t>(record.group));
+                    continue;
+                }
                 const float zero =
                     X::sum(X::load(b.quant.zeros + (int64_t{r} * record.groups + g) * 16));
-                float ordered[64];
-                for (int i = 0; i < record.group; ++i) ordered[channel[i]] = o[i] + zero;
-                for (int i = 0; i < record.group; ++i) o[i] = ordered[i];
+                // Columns 4 k + j of 16 low and 16 high nibbles: channels 8 k + j and 8 k + 4 + j.
+                for (int c = 0; c < record.group; c += 32)
+                    for (int k = 0; k < 4; ++k)
+                        for (int high = 0; high < 2; ++high)
+#pragma GCC unroll 4
+                            for (int j = 0; j < 4; ++j)
+                                o[c + 8 * k + 4 * high + j] =
+                                    from[c + 16 * high + 4 * k + j] + zero;
             }
     }
 
@@ -186,18 +202,20 @@ struct Attend {
         b.quant.rows = task.rows;
         b.quant.scores = b.scores;
         b.quant.beta = b.beta;
-        b.quant.o = task.o;
+        Prefetcher ahead;
+        b.page.ahead = &ahead;
         b.page.record = &record;
         QuantDot<X>::quantize_queries(record, task.q_latent, b.quant);
         for (int i = 0; i < task.rows * record.groups * 16; i += 16)
             X::store(b.quant.zeros + i, X::set(0));
+        for (int64_t i = 0; i < int64_t{padded(task.rows)} * record.rank; i += 16)
+            X::store(b.quant.o + i, X::set(0));
         Dot::begin(record, b.quant, task.q_pe, b.lines);
         for (int64_t page = task.page_begin; page < task.page_end; ++page) {
             const int64_t left = task.length - page * kPageTokens;
             const int valid = left < kPageTokens ? static_cast<int>(left) : kPageTokens;
             b.page.view = view_page(record, task.pages[page]);
-            const int64_t next = page + 1 < task.page_end ? page + 1 : page;
-            b.page.next_codes = view_page(record, task.pages[next]).codes;
+            ahead.start(record, task.pages[page + 1 < task.page_end ? page + 1 : page]);
             QuantDot<X>::load_page(b.page, valid);
             if constexpr (Dot::kScoresRope) {
                 Decoder<X>::load_columns(b.page.view.pe_scale, record.rope_groups, valid,
@@ -242,16 +260,15 @@ struct Attend {
     }
 
     static void run(const AttendTask& task) {
+        const typename X::FlushDenormals guard;
         const int64_t rank = task.record->rank;
         for (int r = 0; r < task.rows; ++r) {
             task.max[r] = kNothingSeen;
             task.sum[r] = 0;
         }
+        if (through_codes(*task.record, task.exact)) return run_codes(task);
         for (int64_t i = 0; i < task.rows * rank; i += 16) X::store(task.o + i, X::set(0));
-        if (through_codes(*task.record, task.exact))
-            run_codes(task);
-        else
-            run_exact(task);
+        run_exact(task);
     }
 };
 

@@ -13,8 +13,8 @@ struct Decoder {
     using F = typename X::F;
     using I = typename X::I;
 
-    // fp16 columns [count, 64] as floats; slots from `valid` on as zeros, so that nothing depends on
-    // what a rewound sequence left there.
+    // fp16 columns [count, 64] as floats; slots from `valid` on as zeros, so that nothing depends
+    // on what a rewound sequence left there.
     static void load_columns(const uint16_t* from, int count, int valid, float* to) {
         for (int i = 0; i < count; ++i)
             for (int t = 0; t < kPageTokens; t += kBlockTokens) {
@@ -30,8 +30,8 @@ struct Decoder {
                             float* columns) {
         for (int block = 0; block < kBlocks; ++block)
             for (int k = 0; k < width / 4; ++k) {
-                const I line = X::load(static_cast<const void*>(
-                    codes + (int64_t{block} * (width / 4) + k) * kLine));
+                const I line = X::load(
+                    static_cast<const void*>(codes + (int64_t{block} * (width / 4) + k) * kLine));
                 const int t = block * kBlockTokens;
                 const F s = X::load(scale + 4 * k / group * kPageTokens + t);
                 float* to = columns + int64_t{4} * k * kPageTokens + t;
@@ -47,8 +47,8 @@ struct Decoder {
         const int lines = record.rank / 8;
         for (int block = 0; block < kBlocks; ++block)
             for (int k = 0; k < lines; ++k) {
-                const I line = X::load(
-                    static_cast<const void*>(codes + (int64_t{block} * lines + k) * kLine));
+                const I line =
+                    X::load(static_cast<const void*>(codes + (int64_t{block} * lines + k) * kLine));
                 const int t = block * kBlockTokens;
                 const int g = 8 * k / record.group * kPageTokens + t;
                 const F s = X::load(scale + g), z = X::load(zero + g);

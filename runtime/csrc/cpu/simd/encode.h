@@ -1,5 +1,5 @@
-// Append: quantises tokens with vectors of sixteen lanes. The algorithm, and the order of every sum,
-// are portable.cpp's, so that the bytes are the same.
+// Append: quantises tokens with vectors of sixteen lanes. The algorithm, and the order of every
+// sum, are portable.cpp's, so that the bytes are the same.
 #pragma once
 
 #include <cmath>

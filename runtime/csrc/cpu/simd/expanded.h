@@ -63,9 +63,11 @@ struct Expanded {
         float* scratch = rows + int64_t{record.rank} * kPageTokens;
         Decoder<X>::decode_page(record, view_page(record, task.pages[task.page]), valid, rows,
                                 columns, pe, scratch);
-        for (int64_t i = int64_t{record.rank} * kPageTokens; i < task.rank_padded * kPageTokens; ++i)
+        for (int64_t i = int64_t{record.rank} * kPageTokens; i < task.rank_padded * kPageTokens;
+             ++i)
             columns[i] = 0;
-        for (int64_t i = int64_t{record.rope} * kPageTokens; i < task.rope_padded * kPageTokens; ++i)
+        for (int64_t i = int64_t{record.rope} * kPageTokens; i < task.rope_padded * kPageTokens;
+             ++i)
             pe[i] = 0;
         store_columns(columns, kPageTokens, task.rank_padded, kPageTokens,
                       static_cast<E*>(task.c_columns), kChunkTokens);
@@ -166,6 +168,7 @@ struct Expanded {
     }
 
     static void attend(const HeadTask& task) {
+        const typename X::FlushDenormals guard;
         Buffers b = lay_out(task.scratch, task);
         Mat::begin();
         rebuild(task, b);
@@ -177,7 +180,8 @@ struct Expanded {
             int64_t seen = task.past + s + rows - task.chunk_begin;
             if (seen <= 0) continue;
             if (seen > task.chunk_tokens) seen = task.chunk_tokens;
-            const int tokens = static_cast<int>((seen + kPageTokens - 1) / kPageTokens) * kPageTokens;
+            const int tokens =
+                static_cast<int>((seen + kPageTokens - 1) / kPageTokens) * kPageTokens;
             Mat::run(tile_rows, tokens, key, static_cast<const E*>(task.q) + int64_t{s} * key, key,
                      b.keys, kChunkTokens, b.c, kChunkTokens);
             for (int r = 0; r < rows; ++r)

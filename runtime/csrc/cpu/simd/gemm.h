@@ -81,8 +81,8 @@ struct Matmul {
             for (int j = 0; j < C; ++j) {
                 const int64_t at = k * task.stride + (column + 16 * j) * step;
                 if constexpr (L == WeightLayout::kPairsBf16) {
-                    const typename X::I both = X::load(static_cast<const void*>(
-                        static_cast<const uint16_t*>(task.w) + at));
+                    const typename X::I both = X::load(
+                        static_cast<const void*>(static_cast<const uint16_t*>(task.w) + at));
                     const F even = X::bf16_low(both), odd = X::bf16_high(both);
 #pragma GCC unroll 4
                     for (int r = 0; r < R; ++r) {
@@ -127,10 +127,14 @@ struct Matmul {
 
     static void run(const MatmulTask& task) {
         switch (task.layout) {
-            case WeightLayout::kRowsFp32: return rows<kMatmulRows, WeightLayout::kRowsFp32>(task);
-            case WeightLayout::kRowsBf16: return rows<kMatmulRows, WeightLayout::kRowsBf16>(task);
-            case WeightLayout::kPairsBf16: return rows<kMatmulRows, WeightLayout::kPairsBf16>(task);
-            case WeightLayout::kRowsInt8: return rows<kMatmulRows, WeightLayout::kRowsInt8>(task);
+            case WeightLayout::kRowsFp32:
+                return rows<kMatmulRows, WeightLayout::kRowsFp32>(task);
+            case WeightLayout::kRowsBf16:
+                return rows<kMatmulRows, WeightLayout::kRowsBf16>(task);
+            case WeightLayout::kPairsBf16:
+                return rows<kMatmulRows, WeightLayout::kPairsBf16>(task);
+            case WeightLayout::kRowsInt8:
+                return rows<kMatmulRows, WeightLayout::kRowsInt8>(task);
         }
     }
 };

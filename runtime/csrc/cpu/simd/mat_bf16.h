@@ -24,8 +24,7 @@ struct MatBf16 {
         for (int k = 0; k < depth; k += 2) {
             __m512bh row[C];
 #pragma GCC unroll 8
-            for (int j = 0; j < C; ++j)
-                row[j] = (__m512bh)_mm512_loadu_si512(b + k * ldb + 32 * j);
+            for (int j = 0; j < C; ++j) row[j] = (__m512bh)_mm512_loadu_si512(b + k * ldb + 32 * j);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 const __m512bh x = (__m512bh)Avx512::broadcast_dword(a + r * lda + k);

@@ -29,20 +29,55 @@ struct QuantRows {
     float* scores;          // [rows, 64]; probabilities after the softmax
     float* beta;            // [rows] weight of this page's probabilities
     float* zeros;           // [rows, groups, 16] lanes of sum_t p_t centre_t
-    float* o;               // [rows, D]
+    // [groups, rows up to a multiple of 16, group]: a group's rows side by side, because rows of D
+    // floats would all fall into the same few sets of the L1.
+    float* o;
+    int64_t o_group;  // from a group to the next
+
+    float* o_at(int row, int g, int group) const { return o + g * o_group + int64_t{row} * group; }
+};
+
+// Fetches the next page while this one is worked on, a few lines at a time: more would wait for the
+// buffers of the L1.
+struct Prefetcher {
+    static constexpr int kRanges = kMaxParts;
+    const uint8_t* at[kRanges];
+    const uint8_t* end[kRanges];
+    int range;
+
+    void start(const Record& record, int64_t page) {
+        range = 0;
+        for (int p = 0; p < kRanges; ++p) {
+            at[p] = record.parts[p] ? record.parts[p] + page * record.page_bytes[p] : nullptr;
+            end[p] = record.parts[p] ? at[p] + record.page_bytes[p] : nullptr;
+        }
+    }
+
+    template <class X>
+    void fetch(int lines) {
+        while (lines > 0 && range < kRanges) {
+            if (at[range] >= end[range]) {
+                ++range;
+                continue;
+            }
+            X::prefetch(at[range]);
+            at[range] += kLine;
+            --lines;
+        }
+    }
 };
 
 // A page's scales as floats; slots that hold no token have all zeros.
 struct QuantPage {
     const Record* record;
     PageView view;
-    const uint8_t* next_codes;  // of the page after, to be fetched meanwhile
-    float* scale;    // [groups, 64]
-    float* zero;     // [groups, 64] what unsigned code 0 stands for
-    float* centre;   // [groups, 64] what code 8 stands for (int4)
-    float* share;    // [groups, 64] scale / largest scale of the group
-    float* largest;  // [groups]
-    float* pe_scale; // [rope_groups, 64]
+    Prefetcher* ahead;
+    float* scale;     // [groups, 64]
+    float* zero;      // [groups, 64] what unsigned code 0 stands for
+    float* centre;    // [groups, 64] what code 8 stands for (int4)
+    float* share;     // [groups, 64] scale / largest scale of the group
+    float* largest;   // [groups]
+    float* pe_scale;  // [rope_groups, 64]
     bool has_zero;
 };
 
@@ -172,8 +207,7 @@ struct QuantDot {
     static void score_strip(int count, const QuantRows& rows, const QuantPage& page, int row, int g,
                             int t, const uint8_t* codes) {
         if constexpr (R > 1) {
-            if (count < R)
-                return score_strip<R - 1, Planes>(count, rows, page, row, g, t, codes);
+            if (count < R) return score_strip<R - 1, Planes>(count, rows, page, row, g, t, codes);
         }
         score_tile<R, Planes>(rows, page, row, g, t, codes);
     }
@@ -186,17 +220,17 @@ struct QuantDot {
         int64_t at = 0;
         for (int t = 0; t < kPageTokens; t += kBlockTokens)
             for (int g = 0; g < record.groups; ++g) {
-                for (int k = 0; k < lines; ++k) X::prefetch(page.next_codes + at + k * kLine);
+                page.ahead->template fetch<X>(2 * lines);
                 unpack_group(record, page.view.codes + at, scratch);
                 at += int64_t{lines} * kLine;
                 if (rows.planes == 1)
                     for (int r = 0; r < rows.rows; r += R1)
-                        score_strip<R1, 1>(rows.rows - r < R1 ? rows.rows - r : R1, rows, page, r, g,
-                                           t, scratch);
+                        score_strip<R1, 1>(rows.rows - r < R1 ? rows.rows - r : R1, rows, page, r,
+                                           g, t, scratch);
                 else
                     for (int r = 0; r < rows.rows; r += R2)
-                        score_strip<R2, 2>(rows.rows - r < R2 ? rows.rows - r : R2, rows, page, r, g,
-                                           t, scratch);
+                        score_strip<R2, 2>(rows.rows - r < R2 ? rows.rows - r : R2, rows, page, r,
+                                           g, t, scratch);
             }
     }
 
@@ -229,13 +263,6 @@ struct QuantDot {
         }
     }
 
-    // The channel of column `i` of a group.
-    static int channel_of(const Record& record, int i) {
-        if (record.format != CacheFormat::kInt4) return i;
-        const int lane = i % 16, high = i / 16 % 2;
-        return i / 32 * 32 + lane / 4 * 8 + high * 4 + lane % 4;
-    }
-
     static float probability_levels(int planes) {
         return planes == 1 ? X::kMaxProbability : 127 * kPlaneStep + 127;
     }
@@ -259,11 +286,9 @@ struct QuantDot {
     }
 
     template <int R, int C, int Planes>
-    static void value_tile(const QuantRows& rows, int row, const float* factor, float* o,
-                           int64_t rank, const uint8_t* values, int64_t quad_stride,
-                           const uint8_t* p, int64_t p_stride, int64_t plane_stride) {
-        (void)rows;
-        (void)row;
+    static void value_tile(const float* factor, float* o, int64_t o_stride, const uint8_t* values,
+                           int64_t quad_stride, const uint8_t* p, int64_t p_stride,
+                           int64_t plane_stride) {
         I sums[Planes][R][C];
 #pragma GCC unroll 2
         for (int n = 0; n < Planes; ++n)
@@ -275,7 +300,8 @@ struct QuantDot {
             I codes[C];
 #pragma GCC unroll 4
             for (int j = 0; j < C; ++j)
-                codes[j] = X::load(static_cast<const void*>(values + quad * quad_stride + j * kLine));
+                codes[j] =
+                    X::load(static_cast<const void*>(values + quad * quad_stride + j * kLine));
 #pragma GCC unroll 2
             for (int n = 0; n < Planes; ++n)
 #pragma GCC unroll 4
@@ -293,26 +319,25 @@ struct QuantDot {
                 I sum = sums[0][r][j];
                 if constexpr (Planes == 2)
                     sum = X::add_dwords(X::template shift_left_dwords<7>(sum), sums[1][r][j]);
-                float* to = o + r * rank + 16 * j;
+                float* to = o + r * o_stride + 16 * j;
                 X::store(to, X::fma(X::to_float(sum), X::set(factor[r]), X::load(to)));
             }
     }
 
     template <int R, int C, int Planes>
-    static void value_strip(int count, const QuantRows& rows, int row, const float* factor, float* o,
-                            int64_t rank, int columns, const uint8_t* values, const uint8_t* p,
-                            int64_t plane_stride) {
+    static void value_strip(int count, const float* factor, float* o, int64_t o_stride, int columns,
+                            const uint8_t* values, const uint8_t* p, int64_t plane_stride) {
         if constexpr (R > 1) {
             if (count < R)
-                return value_strip<R - 1, C, Planes>(count, rows, row, factor, o, rank, columns,
-                                                     values, p, plane_stride);
+                return value_strip<R - 1, C, Planes>(count, factor, o, o_stride, columns, values, p,
+                                                     plane_stride);
         }
         int j = 0;
         for (; j + C <= columns; j += C)
-            value_tile<R, C, Planes>(rows, row, factor, o + 16 * j, rank, values + j * kLine,
+            value_tile<R, C, Planes>(factor, o + 16 * j, o_stride, values + j * kLine,
                                      int64_t{columns} * kLine, p, kPageTokens, plane_stride);
         for (; j < columns; ++j)
-            value_tile<R, 1, Planes>(rows, row, factor, o + 16 * j, rank, values + j * kLine,
+            value_tile<R, 1, Planes>(factor, o + 16 * j, o_stride, values + j * kLine,
                                      int64_t{columns} * kLine, p, kPageTokens, plane_stride);
     }
 
@@ -341,13 +366,15 @@ struct QuantDot {
                                            p + r * kPageTokens, plane_stride);
                     factor[r] = rows.beta[row + r] * page.largest[g] * unit;
                 }
-                float* o = rows.o + int64_t{row} * record.rank + g * record.group;
+                float* o = rows.o_at(row, g, record.group);
                 if (rows.planes == 1)
-                    value_strip<R1, X::kValueColumns, 1>(count, rows, row, factor, o, record.rank,
-                                                         record.group / 16, scratch, p, plane_stride);
+                    value_strip<R1, X::kValueColumns, 1>(count, factor, o, record.group,
+                                                         record.group / 16, scratch, p,
+                                                         plane_stride);
                 else
-                    value_strip<R2, X::kValueColumns, 2>(count, rows, row, factor, o, record.rank,
-                                                         record.group / 16, scratch, p, plane_stride);
+                    value_strip<R2, X::kValueColumns, 2>(count, factor, o, record.group,
+                                                         record.group / 16, scratch, p,
+                                                         plane_stride);
             }
         }
     }

@@ -19,7 +19,7 @@ struct Avx512 {
     static constexpr int kScoreRows = 8;          // rows at a time: 8 sums, 16 lines of codes
     static constexpr int kValueRows = 4;          // 4 rows x 4 columns of sums
     static constexpr int kValueColumns = 4;
-    static constexpr int kFloatRows = 6;          // 6 rows x 4 columns
+    static constexpr int kFloatRows = 6;  // 6 rows x 4 columns
     static constexpr int kFloatColumns = 4;
 
     static F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -59,14 +59,15 @@ struct Avx512 {
                             _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
     static F load_bf16(const uint16_t* p) {
-        const I wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        const I wide =
+            _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
         return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
     }
     static F load_int8(const int8_t* p) {
         return _mm512_cvtepi32_ps(
             _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
     }
-    // 2^x for x <= 0; 0 far below.
+    // 2^x; 0 below -100.
     static F exp2(F x) {
         const F whole = round(x);
         const F part = sub(x, whole);
@@ -76,7 +77,7 @@ struct Avx512 {
         y = fma(y, part, set(0.2402265070f));
         y = fma(y, part, set(0.6931471806f));
         y = fma(y, part, set(1.0f));
-        return _mm512_scalef_ps(y, whole);
+        return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set(-100), _CMP_GT_OQ), y, whole);
     }
     static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 
@@ -85,7 +86,8 @@ struct Avx512 {
     // The two bf16 of each dword as floats.
     static F bf16_low(I x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
     static F bf16_high(I x) {
-        return _mm512_castsi512_ps(_mm512_and_si512(x, set_dword(static_cast<int32_t>(0xffff0000))));
+        return _mm512_castsi512_ps(
+            _mm512_and_si512(x, set_dword(static_cast<int32_t>(0xffff0000))));
     }
 #if defined(__AVX512BF16__)
     static I bf16_bits(F x) {  // in the low half of each dword
@@ -113,7 +115,9 @@ struct Avx512 {
     static I xor_(I a, I b) { return _mm512_xor_si512(a, b); }
     static I add_dwords(I a, I b) { return _mm512_add_epi32(a, b); }
     template <int N>
-    static I shift_left_dwords(I a) { return _mm512_slli_epi32(a, N); }
+    static I shift_left_dwords(I a) {
+        return _mm512_slli_epi32(a, N);
+    }
     static I broadcast_dword(const void* p) {
         int32_t x;
         __builtin_memcpy(&x, p, 4);
@@ -121,9 +125,7 @@ struct Avx512 {
     }
     // Two rows of codes 0 to 15 from the nibbles of a line.
     static I low_nibbles(I x) { return _mm512_and_si512(x, set_byte(15)); }
-    static I high_nibbles(I x) {
-        return _mm512_and_si512(_mm512_srli_epi16(x, 4), set_byte(15));
-    }
+    static I high_nibbles(I x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), set_byte(15)); }
     // (code - 8) * kCentreScale as signed bytes.
     static I centred_low(I x) { return centred_high(_mm512_slli_epi16(x, 4)); }
     static I centred_high(I x) {
@@ -151,8 +153,10 @@ struct Avx512 {
         const I bytes = _mm512_broadcast_i32x4(
             _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
         for (I& line : x) line = _mm512_shuffle_epi8(line, bytes);
-        const I a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), b = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
-        const I c = _mm512_shuffle_i32x4(x[0], x[1], 0xee), d = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
+        const I a = _mm512_shuffle_i32x4(x[0], x[1], 0x44),
+                b = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
+        const I c = _mm512_shuffle_i32x4(x[0], x[1], 0xee),
+                d = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
         x[0] = _mm512_shuffle_i32x4(a, b, 0x88);
         x[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
         x[2] = _mm512_shuffle_i32x4(c, d, 0x88);
@@ -192,6 +196,16 @@ struct Avx512 {
         }
         for (int i = 0; i < 16; ++i) x[i] = t[i];
     }
+    // While one lives, numbers too small for a normal float are zero: computing with them would
+    // take hundreds of cycles each.
+    class FlushDenormals {
+      public:
+        FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+        ~FlushDenormals() { _mm_setcsr(saved_); }
+
+      private:
+        unsigned saved_;
+    };
     static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 };
 

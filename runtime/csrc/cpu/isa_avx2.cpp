@@ -1,0 +1,19 @@
+// AVX2 with FMA and F16C: compiled once as it is and once with AVX-VNNI.
+#include "cpu/simd/table.h"
+#include "cpu/simd/vector_avx2.h"
+
+namespace mla::cpu {
+
+#if defined(__AVXVNNI__)
+const KernelTable* avx2_vnni_kernels() {
+    static const KernelTable table =
+        make_table<Avx2, QuantDot<Avx2>, MatFp32<Avx2>>({110, 30, 30, 30});
+#else
+const KernelTable* avx2_kernels() {
+    static const KernelTable table =
+        make_table<Avx2, QuantDot<Avx2>, MatFp32<Avx2>>({60, 30, 30, 30});
+#endif
+    return &table;
+}
+
+}  // namespace mla::cpu

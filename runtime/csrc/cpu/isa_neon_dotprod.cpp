@@ -1,0 +1,2 @@
+// Compiled with +dotprod: see isa_neon.cpp.
+#include "cpu/isa_neon.cpp"
