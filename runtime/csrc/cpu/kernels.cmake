@@ -37,7 +37,7 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
     mla_add_isa(isa_neon_dotprod.cpp -march=armv8.2-a+dotprod)
 endif()
 
-# Built only when asked for: benchmarks/cpu_attention.py does.
+# Built only when asked for: ninja cpu_attention_benchmark.
 add_executable(cpu_attention_benchmark EXCLUDE_FROM_ALL ../benchmarks/cpu_attention.cpp)
 target_link_libraries(cpu_attention_benchmark PRIVATE mla_cpu)
 target_compile_options(cpu_attention_benchmark PRIVATE -O3 -march=native)
