@@ -1,4 +1,5 @@
-// Times latent attention alone; `cpu_attention.py` builds and runs it and explains the columns.
+// Times latent attention alone. Build: cmake -S runtime -B build/runtime -G Ninja, then
+// ninja -C build/runtime cpu_attention_benchmark.
 //
 //     cpu_attention ISA FORMAT HEADS RANK ROPE TOKENS THREADS [REPEATS]
 //     cpu_attention peak THREADS
