@@ -1,5 +1,4 @@
-// Times latent attention alone. Build: cmake -S runtime -B build/runtime -G Ninja, then
-// ninja -C build/runtime cpu_attention_benchmark.
+// Times latent attention alone; `cpu_attention.py` builds and runs it and explains the columns.
 //
 //     cpu_attention ISA FORMAT HEADS RANK ROPE TOKENS THREADS [REPEATS]
 //     cpu_attention peak THREADS
@@ -75,26 +74,28 @@ double read_bandwidth(ThreadPool& pool, int threads) {
     std::vector<std::vector<uint64_t>> memory(static_cast<size_t>(threads));
     for (auto& part : memory) part.assign(kBytes / threads / 8, 1);
     std::vector<uint64_t> sums(static_cast<size_t>(threads) * 8);
-    const double seconds = time_calls(7, [&](int) {
-        on_threads(pool, threads, [&](int64_t t) {
-            const std::vector<uint64_t>& part = memory[static_cast<size_t>(t)];
+    const double seconds =
+        time_calls(7, [&](int) {
+            on_threads(pool, threads, [&](int64_t t) {
+                const std::vector<uint64_t>& part = memory[static_cast<size_t>(t)];
 #if defined(__AVX512VNNI__)
-            __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a;
-            for (size_t i = 0; i + 32 <= part.size(); i += 32) {
-                a = _mm512_or_si512(a, _mm512_loadu_si512(&part[i]));
-                b = _mm512_or_si512(b, _mm512_loadu_si512(&part[i + 8]));
-                c = _mm512_or_si512(c, _mm512_loadu_si512(&part[i + 16]));
-                d = _mm512_or_si512(d, _mm512_loadu_si512(&part[i + 24]));
-            }
-            a = _mm512_or_si512(_mm512_or_si512(a, b), _mm512_or_si512(c, d));
-            sums[static_cast<size_t>(t) * 8] += static_cast<uint64_t>(_mm512_reduce_or_epi64(a));
+                __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a;
+                for (size_t i = 0; i + 32 <= part.size(); i += 32) {
+                    a = _mm512_or_si512(a, _mm512_loadu_si512(&part[i]));
+                    b = _mm512_or_si512(b, _mm512_loadu_si512(&part[i + 8]));
+                    c = _mm512_or_si512(c, _mm512_loadu_si512(&part[i + 16]));
+                    d = _mm512_or_si512(d, _mm512_loadu_si512(&part[i + 24]));
+                }
+                a = _mm512_or_si512(_mm512_or_si512(a, b), _mm512_or_si512(c, d));
+                sums[static_cast<size_t>(t) * 8] +=
+                    static_cast<uint64_t>(_mm512_reduce_or_epi64(a));
 #else
             uint64_t sum = 0;
             for (const uint64_t x : part) sum |= x;
             sums[static_cast<size_t>(t) * 8] += sum;
 #endif
-        });
-    }).quickest;
+            });
+        }).quickest;
     if (sums[0] == 12345) std::puts("");
     return kBytes / seconds * 1e-9;
 }
@@ -106,10 +107,11 @@ double copy_bandwidth(ThreadPool& pool, int threads) {
     for (auto& part : from) part.assign(bytes, 1);
     for (auto& part : to) part.assign(bytes, 2);
     const double seconds = time_calls(7, [&](int) {
-        on_threads(pool, threads, [&](int64_t t) {
-            std::memcpy(to[static_cast<size_t>(t)].data(), from[static_cast<size_t>(t)].data(), bytes);
-        });
-    }).quickest;
+                               on_threads(pool, threads, [&](int64_t t) {
+                                   std::memcpy(to[static_cast<size_t>(t)].data(),
+                                               from[static_cast<size_t>(t)].data(), bytes);
+                               });
+                           }).quickest;
     return bytes * threads / seconds * 1e-9;
 }
 
@@ -118,16 +120,17 @@ double vnni_peak() {  // GOP/s of one thread, two a multiply-add
     constexpr int64_t kRounds = 1000000;
     int32_t sink = 0;
     const double seconds = time_calls(9, [&](int i) {
-        const __m512i x = _mm512_set1_epi8(static_cast<char>(i));
-        __m512i s[12];
+                               const __m512i x = _mm512_set1_epi8(static_cast<char>(i));
+                               __m512i s[12];
 #pragma GCC unroll 12
-        for (int j = 0; j < 12; ++j) s[j] = _mm512_set1_epi32(j);
-        for (int64_t k = 0; k < kRounds; ++k)
+                               for (int j = 0; j < 12; ++j) s[j] = _mm512_set1_epi32(j);
+                               for (int64_t k = 0; k < kRounds; ++k)
 #pragma GCC unroll 12
-            for (int j = 0; j < 12; ++j) s[j] = _mm512_dpbusd_epi32(s[j], x, x);
+                                   for (int j = 0; j < 12; ++j)
+                                       s[j] = _mm512_dpbusd_epi32(s[j], x, x);
 #pragma GCC unroll 12
-        for (int j = 0; j < 12; ++j) sink += _mm512_reduce_add_epi32(s[j]);
-    }).quickest;
+                               for (int j = 0; j < 12; ++j) sink += _mm512_reduce_add_epi32(s[j]);
+                           }).quickest;
     if (sink == 12345) std::puts("");
     return 12.0 * 64 * 2 * kRounds / seconds * 1e-9;
 }
@@ -148,13 +151,13 @@ double amx_peak() {
     _tile_loadconfig(&config);
     constexpr int64_t kRounds = 200000;
     const double seconds = time_calls(15, [&](int) {
-        for (int64_t i = 0; i < kRounds; ++i) {
-            _tile_dpbusd(0, 4, 6);
-            _tile_dpbusd(1, 4, 7);
-            _tile_dpbusd(2, 5, 6);
-            _tile_dpbusd(3, 5, 7);
-        }
-    }).quickest;
+                               for (int64_t i = 0; i < kRounds; ++i) {
+                                   _tile_dpbusd(0, 4, 6);
+                                   _tile_dpbusd(1, 4, 7);
+                                   _tile_dpbusd(2, 5, 6);
+                                   _tile_dpbusd(3, 5, 7);
+                               }
+                           }).quickest;
     _tile_release();
     return 4.0 * 16 * 16 * 64 * 2 * kRounds / seconds * 1e-9;
 }

@@ -8,6 +8,7 @@ Queries are scaled so that attention is far from uniform, or the test would be b
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,15 @@ from mla_deploy.runtime import _runtime
 ISAS = _runtime.cpu_isas()
 EXPONENT = 2.5  # standard deviation of the scores
 EPSILON = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> Iterator[None]:
+    """The oracles are many small products, which threads only slow down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,8 @@ class Error:
         found = found.double()
         gap = (found - expected).abs()
         worst = np.unravel_index(int(gap.argmax()), tuple(gap.shape))
-        pointing = expected.norm(dim=-1) > 0  # a row of zeros has no direction
+        size = expected.norm(dim=-1)
+        pointing = size > 1e-5 * size.max()  # a row of zeros has no direction
         cosine = torch.cosine_similarity(found[pointing], expected[pointing], dim=-1)
         return cls(
             max_abs=float(gap.max()),
@@ -200,7 +211,7 @@ class Case:
 
 # The kernel's own error, relative: exact kernels; bf16 with queries and probabilities in 8 bit
 # (int4 cache) or 14 bit (int8 cache); weights in int8 on top.
-KERNEL = {"fp32": 3e-5, "bf16": 1.5e-2, "int8": 2.5e-2}
+KERNEL = {"fp32": 3e-5, "bf16": 2.5e-2, "int8": 3.5e-2}
 
 
 def check(case: Case, isa: str, mode: str = "auto", precision: str = "bf16") -> None:

@@ -130,7 +130,7 @@ const KernelTable* kernels_of(Isa isa) {
         case Isa::kAvx2Vnni:
             return avx2_vnni_kernels();
         case Isa::kAvx512Vnni:
-            return features().avx512_bf16 ? avx512_bf16_kernels() : avx512_kernels();
+            return avx512_kernels();
         case Isa::kAmx:
             return amx_kernels();
 #elif defined(MLA_CPU_ARM)

@@ -65,8 +65,8 @@ class Expanded {
         max_ = carver.take<float>(heads * queries);
         sum_ = carver.take<float>(heads * queries);
         c_rows_ = carver.take<uint8_t>(int64_t{kChunkTokens} * weights_.rank_padded * element_);
-        c_columns_ = carver.take<uint8_t>(int64_t{kChunkTokens} * weights_.rank_padded * element_);
-        pe_columns_ = carver.take<uint8_t>(int64_t{kChunkTokens} * rope_padded_ * element_);
+        c_columns_ = carver.take<uint8_t>(int64_t{kChunkStride} * weights_.rank_padded * element_);
+        pe_columns_ = carver.take<uint8_t>(int64_t{kChunkStride} * rope_padded_ * element_);
         if (!ready_) {
             w_uk_ = carver.take<uint8_t>(heads * weights_.nope_padded * weights_.rank_padded *
                                          int64_t{element_});

@@ -7,11 +7,11 @@ namespace mla::cpu {
 #if defined(__AVXVNNI__)
 const KernelTable* avx2_vnni_kernels() {
     static const KernelTable table =
-        make_table<Avx2, QuantDot<Avx2>, MatFp32<Avx2>>({110, 30, 30, 30});
+        make_table<Avx2, QuantDot<Avx2>, MatFp32<Avx2>>({94, 35, 40, 40});
 #else
 const KernelTable* avx2_kernels() {
     static const KernelTable table =
-        make_table<Avx2, QuantDot<Avx2>, MatFp32<Avx2>>({60, 30, 30, 30});
+        make_table<Avx2, QuantDot<Avx2>, MatFp32<Avx2>>({70, 35, 40, 40});
 #endif
     return &table;
 }

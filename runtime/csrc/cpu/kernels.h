@@ -70,8 +70,9 @@ constexpr float kNothingSeen = -1e30f;
 
 // Expanded mode works on chunks of a sequence's tokens, decoded once for all heads.
 constexpr int kChunkTokens = 512;
+constexpr int kChunkStride = kChunkTokens + 16;  // no power of two, or columns share sets of the L1
 
-// Elements are bf16 (pair = 2) or fp32 (pair = 1). Columns are [k / pair][tokens][pair].
+// Elements are bf16 (pair = 2) or fp32 (pair = 1). Columns are [k / pair][kChunkStride][pair].
 struct ChunkTask {
     const Record* record;
     const int64_t* pages;
@@ -81,8 +82,8 @@ struct ChunkTask {
     int rope_padded;  // R rounded up to 32
     bool bf16;
     void* c_rows;      // [64, rank_padded]: this page's rows
-    void* c_columns;   // [rank_padded / pair][kChunkTokens][pair], already at this page's token
-    void* pe_columns;  // [rope_padded / pair][kChunkTokens][pair], already at this page's token
+    void* c_columns;   // [rank_padded / pair][kChunkStride][pair], already at this page's token
+    void* pe_columns;  // [rope_padded / pair][kChunkStride][pair], already at this page's token
     uint8_t* scratch;  // chunk_scratch() bytes
 };
 
@@ -109,7 +110,7 @@ struct HeadTask {
 
 struct KernelTable {
     bool has_bf16;  // expanded mode in bf16; else fp32
-    // Multiply-adds a nanosecond, roughly: what the cost model of choose_mode() weighs.
+    // Multiply-adds a nanosecond and core, measured roughly: what choose_mode() weighs.
     float absorbed_rate, absorbed_exact_rate, expanded_rate, expanded_exact_rate;
     void (*encode)(const EncodeTask&);
     void (*matmul)(const MatmulTask&);
@@ -128,7 +129,6 @@ const KernelTable* portable_kernels();
 const KernelTable* avx2_kernels();
 const KernelTable* avx2_vnni_kernels();
 const KernelTable* avx512_kernels();
-const KernelTable* avx512_bf16_kernels();
 const KernelTable* amx_kernels();
 const KernelTable* neon_kernels();
 const KernelTable* neon_dotprod_kernels();

@@ -193,15 +193,18 @@ AttentionMode choose_mode(const AttentionDims& d, Isa resolved, bool exact, int6
     if (asked != AttentionMode::kAuto) return asked;
     const KernelTable* kernels = kernels_of(resolved);
     if (!kernels || fresh < 8) return AttentionMode::kAbsorbed;
-    // Multiply-adds a head. A query sees the past and on average half of the new tokens.
+    // Multiply-adds a head. A query sees the past and on average half of the new tokens. The
+    // absorbed mode's two projections run in fp32.
     const double tokens = static_cast<double>(past + fresh);
     const double pairs = static_cast<double>(fresh) * (past + 0.5 * fresh);
-    const double absorbed = pairs * (2.0 * d.rank + d.rope);
-    const double expanded = tokens * d.rank * (d.nope + d.v) + pairs * (d.nope + d.rope + d.v);
+    const double projections = static_cast<double>(fresh) * d.rank * (d.nope + d.v);
+    const double rebuilding = tokens * d.rank * (d.nope + d.v);
     const float absorbed_rate = exact ? kernels->absorbed_exact_rate : kernels->absorbed_rate;
     const float expanded_rate = exact ? kernels->expanded_exact_rate : kernels->expanded_rate;
-    return absorbed / absorbed_rate <= expanded / expanded_rate ? AttentionMode::kAbsorbed
-                                                                : AttentionMode::kExpanded;
+    const double absorbed = pairs * (2.0 * d.rank + d.rope) / absorbed_rate +
+                            projections / kernels->expanded_exact_rate;
+    const double expanded = (rebuilding + pairs * (d.nope + d.rope + d.v)) / expanded_rate;
+    return absorbed <= expanded ? AttentionMode::kAbsorbed : AttentionMode::kExpanded;
 }
 
 int64_t encode_task_count(const Call& call) {

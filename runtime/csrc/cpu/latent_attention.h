@@ -38,7 +38,7 @@ enum class Isa : int {
     kPortable,    // scalar fp32 code without quantised queries: the oracle of the others
     kAvx2,        // with fma, f16c
     kAvx2Vnni,    // and the 256-bit vpdpbusd of AVX-VNNI
-    kAvx512Vnni,  // f, bw, dq, vl and vnni; bf16 for prompts where the CPU has it
+    kAvx512Vnni,  // f, bw, dq, vl and vnni
     kAmx,         // avx512_vnni with int8 and bf16 tiles
     kNeon,        // any aarch64
     kNeonDotprod,

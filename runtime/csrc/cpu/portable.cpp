@@ -259,7 +259,7 @@ void decode_chunk(const ChunkTask& task) {
         float* row = static_cast<float*>(task.c_rows) + slot * task.rank_padded;
         for (int i = 0; i < task.rank_padded; ++i) row[i] = real && i < record.rank ? c[i] : 0;
         for (int i = 0; i < task.rope_padded; ++i)
-            static_cast<float*>(task.pe_columns)[i * kChunkTokens + slot] =
+            static_cast<float*>(task.pe_columns)[i * kChunkStride + slot] =
                 real && i < record.rope ? k_pe[i] : 0;
     }
 }
@@ -289,7 +289,7 @@ void attend_head(const HeadTask& task) {
             const float* q = static_cast<const float*>(task.q) + static_cast<int64_t>(s) * key;
             float score = dot(q, k_nope, d.nope);
             for (int i = 0; i < d.rope; ++i)
-                score += q[task.nope_padded + i] * pe[i * kChunkTokens + t];
+                score += q[task.nope_padded + i] * pe[i * kChunkStride + t];
             const Step step = online_step(score, &task.max[s], &task.sum[s]);
             float* o = task.o + static_cast<int64_t>(s) * task.v_padded;
             for (int v = 0; v < d.v; ++v) o[v] = o[v] * step.keep + step.add * value[v];

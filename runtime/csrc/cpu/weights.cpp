@@ -135,30 +135,58 @@ void free_weights(PreparedWeights* weights) {
 
 size_t weights_bytes(const PreparedWeights* weights) { return weights ? weights->bytes : 0; }
 
-void expand_head_weights(const PreparedWeights& weights, int head, bool bf16, void* w_uk,
-                         void* w_uv) {
-    const auto convert = [&](const void* source, bool source_pairs, int rows, int stride,
-                             const float* scale, bool target_pairs, void* target) {
-        for (int r = 0; r < rows; ++r) {
-            for (int c = 0; c < stride; ++c) {
-                const int64_t from = place(source_pairs, r, c, stride);
-                const int64_t to = place(target_pairs, r, c, stride);
-                const float x = weights.precision == WeightPrecision::kInt8
-                                    ? static_cast<const int8_t*>(source)[from] * scale[c]
-                                    : bf16_to_float(static_cast<const uint16_t*>(source)[from]);
-                if (bf16)
-                    static_cast<uint16_t*>(target)[to] = float_to_bf16(x);
-                else
-                    static_cast<float*>(target)[to] = x;
-            }
+namespace {
+
+// One head's matrix in the elements and order of the expanded mode. Plain loops over rows, which
+// the compiler turns into vectors.
+template <class To, class Load, class Store>
+void convert_rows(int rows, int stride, bool target_pairs, To* to, const Load& load,
+                  const Store& store) {
+    for (int r = 0; r < rows; ++r) {
+        if (target_pairs) {
+            To* row = to + static_cast<int64_t>(r / 2) * stride * 2 + r % 2;
+            for (int c = 0; c < stride; ++c) row[2 * c] = store(load(r, c));
+        } else {
+            To* row = to + static_cast<int64_t>(r) * stride;
+            for (int c = 0; c < stride; ++c) row[c] = store(load(r, c));
         }
+    }
+}
+
+// `source`: int8 rows if there are scales, else bf16 rows or pairs.
+void convert_matrix(const void* source, bool source_pairs, const float* scale, int rows, int stride,
+                    bool bf16, bool target_pairs, void* target) {
+    const auto convert = [&](auto* to, const auto& store) {
+        const int64_t width = stride;
+        const int8_t* codes = static_cast<const int8_t*>(source);
+        const uint16_t* bits = static_cast<const uint16_t*>(source);
+        const auto from_int8 = [=](int r, int c) { return codes[r * width + c] * scale[c]; };
+        const auto from_rows = [=](int r, int c) { return bf16_to_float(bits[r * width + c]); };
+        const auto from_pairs = [=](int r, int c) {
+            return bf16_to_float(bits[(r / 2 * width + c) * 2 + r % 2]);
+        };
+        if (scale)
+            convert_rows(rows, stride, target_pairs, to, from_int8, store);
+        else if (source_pairs)
+            convert_rows(rows, stride, target_pairs, to, from_pairs, store);
+        else
+            convert_rows(rows, stride, target_pairs, to, from_rows, store);
     };
-    const bool int8 = weights.precision == WeightPrecision::kInt8;
+    if (bf16)
+        convert(static_cast<uint16_t*>(target), [](float x) { return float_to_bf16(x); });
+    else
+        convert(static_cast<float*>(target), [](float x) { return x; });
+}
+
+}  // namespace
+
+void expand_head_weights(const PreparedWeights& w, int head, bool bf16, void* w_uk, void* w_uv) {
+    const bool int8 = w.precision == WeightPrecision::kInt8;
     const size_t h = head;
-    convert(weights.head_uk(head), false, weights.nope_padded, weights.rank_padded,
-            int8 ? weights.uk_scale + h * weights.rank_padded : nullptr, false, w_uk);
-    convert(weights.head_uv(head), !int8, weights.rank_padded, weights.v_padded,
-            int8 ? weights.uv_scale + h * weights.v_padded : nullptr, bf16, w_uv);
+    convert_matrix(w.head_uk(head), false, int8 ? w.uk_scale + h * w.rank_padded : nullptr,
+                   w.nope_padded, w.rank_padded, bf16, false, w_uk);
+    convert_matrix(w.head_uv(head), !int8, int8 ? w.uv_scale + h * w.v_padded : nullptr,
+                   w.rank_padded, w.v_padded, bf16, bf16, w_uv);
 }
 
 }  // namespace mla::cpu

@@ -3,7 +3,7 @@
 
 #include "cpu/simd/decode.h"
 #include "cpu/simd/gemm.h"
-#include "cpu/simd/quant_page.h"
+#include "cpu/simd/quant_dot.h"
 
 namespace mla::cpu {
 namespace {
@@ -59,7 +59,7 @@ struct Attend {
         b.bytes = shared;
         QuantRows& q = b.quant;
         q.planes = record.format == CacheFormat::kInt8 ? 2 : 1;
-        for (int p = 0; p < q.planes; ++p) q.q[p] = reinterpret_cast<int8_t*>(take(all * rank));
+        for (int p = 0; p < kMaxPlanes; ++p) q.q[p] = reinterpret_cast<int8_t*>(take(all * rank));
         q.q_scale = floats(all * groups);
         q.q_sum = floats(all * groups);
         q.zeros = floats(all * groups * 16);
@@ -71,6 +71,7 @@ struct Attend {
         b.page.share = floats(groups * kPageTokens);
         b.page.largest = floats(groups);
         b.page.pe_scale = floats(int64_t{record.rope_groups} * kPageTokens);
+        b.page.pe_zero = floats(int64_t{record.rope_groups} * kPageTokens);
         b.lines = take(static_cast<int64_t>(Dot::scratch_bytes(record, rows)));
         if (b.bytes < exact_bytes) b.bytes = exact_bytes;
         return b;
@@ -217,14 +218,6 @@ struct Attend {
             b.page.view = view_page(record, task.pages[page]);
             ahead.start(record, task.pages[page + 1 < task.page_end ? page + 1 : page]);
             QuantDot<X>::load_page(b.page, valid);
-            if constexpr (Dot::kScoresRope) {
-                Decoder<X>::load_columns(b.page.view.pe_scale, record.rope_groups, valid,
-                                         b.page.pe_scale);
-            } else {
-                Decoder<X>::decode_pe(record, b.page.view, valid, b.page.pe_scale, b.pe_columns);
-                Gemm<X>::run(task.rows, kPageTokens, record.rope, task.q_pe, record.rope,
-                             b.pe_columns, kPageTokens, b.scores, kPageTokens, false);
-            }
             Dot::add_scores(b.quant, b.page, b.lines);
             softmax(task, page, b);
             rescale(task, b, true);

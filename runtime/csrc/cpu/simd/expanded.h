@@ -28,7 +28,7 @@ struct Expanded {
     using E = typename Mat::Element;
     static constexpr int kPair = Mat::kPair;
     static constexpr int kQueryBlock = 64;
-    static constexpr int kKeyBlock = 32;  // rows of K rebuilt at a time
+    static constexpr int kKeyBlock = 64;  // rows of K rebuilt at a time
 
     // [depth, tokens] floats to columns [depth / pair][ld][pair]; tokens a multiple of 16.
     static void store_columns(const float* from, int64_t ldf, int depth, int tokens, E* to,
@@ -70,9 +70,9 @@ struct Expanded {
              ++i)
             pe[i] = 0;
         store_columns(columns, kPageTokens, task.rank_padded, kPageTokens,
-                      static_cast<E*>(task.c_columns), kChunkTokens);
+                      static_cast<E*>(task.c_columns), kChunkStride);
         store_columns(pe, kPageTokens, task.rope_padded, kPageTokens,
-                      static_cast<E*>(task.pe_columns), kChunkTokens);
+                      static_cast<E*>(task.pe_columns), kChunkStride);
         for (int t = 0; t < kPageTokens; ++t) {
             E* to = static_cast<E*>(task.c_rows) + int64_t{t} * task.rank_padded;
             for (int i = 0; i < record.rank; i += 16)
@@ -97,11 +97,11 @@ struct Expanded {
             return at;
         };
         const int64_t e = sizeof(E), key = task.nope_padded + task.rope_padded;
-        b.keys = reinterpret_cast<E*>(take(key * kChunkTokens * e));
+        b.keys = reinterpret_cast<E*>(take(key * kChunkStride * e));
         b.values = reinterpret_cast<E*>(take(int64_t{kChunkTokens} * task.v_padded * e));
-        b.p = reinterpret_cast<E*>(take(int64_t{kQueryBlock} * kChunkTokens * e));
+        b.p = reinterpret_cast<E*>(take(int64_t{kQueryBlock} * kChunkStride * e));
         // Scores, keys or values before they are packed, or what a block adds to o.
-        const int64_t widest = kChunkTokens > task.v_padded ? kChunkTokens : task.v_padded;
+        const int64_t widest = kChunkStride > task.v_padded ? kChunkStride : task.v_padded;
         b.c = reinterpret_cast<float*>(take(kQueryBlock * widest * 4));
         return b;
     }
@@ -112,15 +112,16 @@ struct Expanded {
         const int tokens = task.chunk_tokens;
         const E* w_uk = static_cast<const E*>(task.w_uk);
         for (int n = 0; n < task.nope_padded; n += kKeyBlock) {
-            Mat::run(kKeyBlock, tokens, task.rank_padded, w_uk + int64_t{n} * task.rank_padded,
-                     task.rank_padded, static_cast<const E*>(task.c_columns), kChunkTokens, b.c,
-                     kChunkTokens);
-            store_columns(b.c, kChunkTokens, kKeyBlock, tokens, b.keys + int64_t{n} * kChunkTokens,
-                          kChunkTokens);
+            const int rows = task.nope_padded - n < kKeyBlock ? task.nope_padded - n : kKeyBlock;
+            Mat::run(rows, tokens, task.rank_padded, w_uk + int64_t{n} * task.rank_padded,
+                     task.rank_padded, static_cast<const E*>(task.c_columns), kChunkStride, b.c,
+                     kChunkStride);
+            store_columns(b.c, kChunkStride, rows, tokens, b.keys + int64_t{n} * kChunkStride,
+                          kChunkStride);
         }
         for (int k = 0; k < task.rope_padded; k += kPair)
-            __builtin_memcpy(b.keys + int64_t{task.nope_padded + k} * kChunkTokens,
-                             static_cast<const E*>(task.pe_columns) + int64_t{k} * kChunkTokens,
+            __builtin_memcpy(b.keys + int64_t{task.nope_padded + k} * kChunkStride,
+                             static_cast<const E*>(task.pe_columns) + int64_t{k} * kChunkStride,
                              sizeof(E) * static_cast<size_t>(kPair) * tokens);
         for (int t = 0; t < tokens; t += kPageTokens) {
             Mat::run(kPageTokens, task.v_padded, task.rank_padded,
@@ -183,14 +184,14 @@ struct Expanded {
             const int tokens =
                 static_cast<int>((seen + kPageTokens - 1) / kPageTokens) * kPageTokens;
             Mat::run(tile_rows, tokens, key, static_cast<const E*>(task.q) + int64_t{s} * key, key,
-                     b.keys, kChunkTokens, b.c, kChunkTokens);
+                     b.keys, kChunkStride, b.c, kChunkStride);
             for (int r = 0; r < rows; ++r)
-                softmax_row(task, s + r, b.c + int64_t{r} * kChunkTokens, tokens,
+                softmax_row(task, s + r, b.c + int64_t{r} * kChunkStride, tokens,
                             task.past + s + r + 1 - task.chunk_begin,
-                            b.p + int64_t{r} * kChunkTokens);
-            for (int64_t i = int64_t{rows} * kChunkTokens; i < tile_rows * kChunkTokens; i += 16)
+                            b.p + int64_t{r} * kChunkStride);
+            for (int64_t i = int64_t{rows} * kChunkStride; i < tile_rows * kChunkStride; i += 16)
                 Mat::store(b.p + i, X::set(0));
-            Mat::run(tile_rows, task.v_padded, tokens, b.p, kChunkTokens, b.values, task.v_padded,
+            Mat::run(tile_rows, task.v_padded, tokens, b.p, kChunkStride, b.values, task.v_padded,
                      b.c, task.v_padded);
             float* o = task.o + int64_t{s} * task.v_padded;
             for (int64_t i = 0; i < int64_t{rows} * task.v_padded; i += 16)

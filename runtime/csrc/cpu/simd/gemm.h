@@ -40,26 +40,34 @@ struct Gemm {
     }
 
     // Any number of rows up to R.
-    template <int R>
-    static void strip(int rows, int columns, int depth, const float* a, int64_t lda, const float* b,
-                      int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+    template <int R, int C>
+    static void rows_of(int rows, int depth, const float* a, int64_t lda, const float* b,
+                        int64_t ldb, float* c, int64_t ldc, bool accumulate) {
         if constexpr (R > 1) {
-            if (rows < R)
-                return strip<R - 1>(rows, columns, depth, a, lda, b, ldb, c, ldc, accumulate);
+            if (rows < R) return rows_of<R - 1, C>(rows, depth, a, lda, b, ldb, c, ldc, accumulate);
         }
-        constexpr int C = X::kFloatColumns;
-        int j = 0;
-        for (; j + 16 * C <= columns; j += 16 * C)
-            tile<R, C>(depth, a, lda, b + j, ldb, c + j, ldc, accumulate);
-        for (; j < columns; j += 16) tile<R, 1>(depth, a, lda, b + j, ldb, c + j, ldc, accumulate);
+        tile<R, C>(depth, a, lda, b, ldb, c, ldc, accumulate);
+    }
+
+    // A strip of b is used for all rows before the next.
+    template <int C>
+    static void strip(int rows, int depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+                      float* c, int64_t ldc, bool accumulate) {
+        constexpr int R = X::kFloatRows;
+        for (int r = 0; r < rows; r += R)
+            rows_of<R, C>(rows - r < R ? rows - r : R, depth, a + r * lda, lda, b, ldb, c + r * ldc,
+                          ldc, accumulate);
     }
 
     // columns: a multiple of 16.
     static void run(int rows, int columns, int depth, const float* a, int64_t lda, const float* b,
                     int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-        for (int r = 0; r < rows; r += X::kFloatRows)
-            strip<X::kFloatRows>(rows - r < X::kFloatRows ? rows - r : X::kFloatRows, columns,
-                                 depth, a + r * lda, lda, b, ldb, c + r * ldc, ldc, accumulate);
+        constexpr int C = X::kFloatColumns;
+        int j = 0;
+        for (; j + 16 * C <= columns; j += 16 * C)
+            strip<C>(rows, depth, a, lda, b + j, ldb, c + j, ldc, accumulate);
+        for (; j < columns; j += 16)
+            strip<1>(rows, depth, a, lda, b + j, ldb, c + j, ldc, accumulate);
     }
 };
 

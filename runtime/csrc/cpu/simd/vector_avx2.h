@@ -26,6 +26,7 @@ struct Avx2 {
     static constexpr int kMaxProbability = 255;
     static constexpr int kCentreScale = 1;
     static constexpr int kScoreRows = 4;
+    static constexpr int kScoreBlocks = 1;
     static constexpr int kValueRows = 2;
     static constexpr int kValueColumns = 2;
     static constexpr int kFloatRows = 3;

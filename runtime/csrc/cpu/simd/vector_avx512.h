@@ -1,4 +1,4 @@
-// Sixteen lanes on AVX-512 VNNI: one register. See vector.md in docs/kernels.md for the contract
+// Sixteen lanes on AVX-512 VNNI: one register. docs/kernels.md gives the contract
 // that vector_avx512.h, vector_avx2.h and vector_neon.h share.
 #pragma once
 
@@ -16,8 +16,9 @@ struct Avx512 {
     static constexpr bool kUnsignedCodes = true;  // vpdpbusd: unsigned codes, signed queries
     static constexpr int kMaxProbability = 255;   // unsigned probabilities, signed codes
     static constexpr int kCentreScale = 16;       // centred codes stay in the high nibble
-    static constexpr int kScoreRows = 8;          // rows at a time: 8 sums, 16 lines of codes
-    static constexpr int kValueRows = 4;          // 4 rows x 4 columns of sums
+    static constexpr int kScoreRows = 8;
+    static constexpr int kScoreBlocks = 2;
+    static constexpr int kValueRows = 4;  // 4 rows x 4 columns of sums
     static constexpr int kValueColumns = 4;
     static constexpr int kFloatRows = 6;  // 6 rows x 4 columns
     static constexpr int kFloatColumns = 4;

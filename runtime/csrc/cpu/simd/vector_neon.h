@@ -21,6 +21,7 @@ struct Neon {
     static constexpr int kMaxProbability = 127;  // sdot: both sides signed
     static constexpr int kCentreScale = 1;
     static constexpr int kScoreRows = 4;
+    static constexpr int kScoreBlocks = 1;
     static constexpr int kValueRows = 2;
     static constexpr int kValueColumns = 2;
     static constexpr int kFloatRows = 4;
