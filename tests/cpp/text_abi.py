@@ -1,0 +1,202 @@
+"""The functions of mla_deploy/text.h for Python, by ctypes.
+
+MLA_TEXT_LIBRARY names a libmla_deploy_text.so to use; else it is built from the checkout once a
+session, in build/tests-cpp, with the engine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cpp.core_abi import BUILD, installed_prefix
+
+STATUSES = [
+    "OK",
+    "INVALID_ARGUMENT",
+    "INVALID_HANDLE",
+    "BAD_TOKENIZER",
+    "UNSUPPORTED",
+    "FILE_ERROR",
+    "BUFFER_TOO_SMALL",
+    "NOT_FOUND",
+    "FAILED",
+    "OUT_OF_MEMORY",
+    "INTERNAL",
+]
+
+
+# All that Unicode has assigned, and every 97th of what is left.
+CHARACTERS = [
+    chr(code)
+    for code in range(0x110000)
+    if not 0xD800 <= code <= 0xDFFF
+    and (code < 0x33480 or 0xE0000 <= code < 0xE0200 or code % 97 == 0)
+]
+
+
+class TextError(Exception):
+    def __init__(self, status: str, text: str) -> None:
+        super().__init__(f"{status}: {text}")
+        self.status = status
+        self.text = text
+
+
+def library_path() -> Path | str:
+    """The library, or why there is none."""
+    if given := os.environ.get("MLA_TEXT_LIBRARY"):
+        return Path(given)
+    if isinstance(found := installed_prefix(), str):
+        return found
+    path = BUILD / "csrc" / "text" / "libmla_deploy_text.so"
+    return path if path.is_file() else "CMake left it out: libpcre2-dev or nlohmann-json3-dev"
+
+
+def skip_without_library() -> None:
+    if isinstance(reason := library_path(), str):
+        pytest.skip(f"libmla_deploy_text.so cannot be built: {reason}")
+
+
+@cache
+def load() -> ctypes.CDLL:
+    path = library_path()
+    if isinstance(path, str):
+        raise FileNotFoundError(path)
+    lib = ctypes.CDLL(str(path))
+    handle, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
+    ids, count = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_size_t)
+    out, piece = ctypes.POINTER(handle), ctypes.POINTER(ctypes.c_void_p)
+    signatures: dict[str, list[Any]] = {
+        "mla_tokenizer_open": [text, out],
+        "mla_tokenizer_open_bytes": [text, size, out],
+        "mla_tokenizer_close": [handle],
+        "mla_tokenizer_vocab_size": [handle, ctypes.POINTER(ctypes.c_uint32)],
+        "mla_tokenizer_token_id": [handle, text, size, ids],
+        "mla_tokenizer_encode": [handle, text, size, ctypes.c_int, ids, size, count],
+        "mla_tokenizer_decode": [handle, ids, size, ctypes.c_int, ctypes.c_void_p, size, count],
+        "mla_text_stream_create": [handle, ctypes.c_int, out],
+        "mla_text_stream_push": [handle, ctypes.c_int32, piece, count],
+        "mla_text_stream_flush": [handle, piece, count],
+        "mla_text_stream_destroy": [handle],
+    }
+    for name, arguments in signatures.items():
+        getattr(lib, name).argtypes = arguments
+    lib.mla_text_last_error.restype = text
+    return lib
+
+
+def call(name: str, *arguments: Any) -> None:
+    status = getattr(load(), name)(*arguments)
+    if status:
+        raise TextError(STATUSES[status], load().mla_text_last_error().decode())
+
+
+class CppTokenizer:
+    """A tokenizer.json by path, or its bytes."""
+
+    def __init__(self, source: Path | bytes | str) -> None:
+        self.handle = ctypes.c_void_p()
+        if isinstance(source, Path):
+            call("mla_tokenizer_open", str(source).encode(), ctypes.byref(self.handle))
+        else:
+            data = source.encode() if isinstance(source, str) else source
+            call("mla_tokenizer_open_bytes", data, len(data), ctypes.byref(self.handle))
+        # Of one's own, or garbage collection could come after the library is gone.
+        self._close = load().mla_tokenizer_close
+
+    def __del__(self) -> None:
+        if self.handle and hasattr(self, "_close"):
+            self._close(self.handle)
+
+    def close(self) -> None:
+        call("mla_tokenizer_close", self.handle)
+        self.handle = ctypes.c_void_p()
+
+    @property
+    def vocab_size(self) -> int:
+        size = ctypes.c_uint32()
+        call("mla_tokenizer_vocab_size", self.handle, ctypes.byref(size))
+        return size.value
+
+    def token_id(self, content: str) -> int:
+        token = ctypes.c_int32()
+        data = content.encode()
+        call("mla_tokenizer_token_id", self.handle, data, len(data), ctypes.byref(token))
+        return token.value
+
+    def encode_bytes(self, text: bytes, special: bool = False) -> list[int]:
+        capacity = len(text) + 16
+        while True:
+            ids = (ctypes.c_int32 * capacity)()
+            count = ctypes.c_size_t()
+            arguments = (text, len(text), int(special), ids, capacity, ctypes.byref(count))
+            try:
+                call("mla_tokenizer_encode", self.handle, *arguments)
+            except TextError as error:
+                if error.status != "BUFFER_TOO_SMALL":
+                    raise
+                capacity = count.value
+                continue
+            return ids[: count.value]
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        return self.encode_bytes(text.encode(), special)
+
+    def decode_bytes(self, ids: Sequence[int], skip_special: bool = False) -> bytes:
+        array = (ctypes.c_int32 * len(ids))(*ids)
+        capacity = 8 * len(ids) + 16
+        while True:
+            text = ctypes.create_string_buffer(capacity)
+            length = ctypes.c_size_t()
+            arguments = (array, len(ids), int(skip_special), text, capacity, ctypes.byref(length))
+            try:
+                call("mla_tokenizer_decode", self.handle, *arguments)
+            except TextError as error:
+                if error.status != "BUFFER_TOO_SMALL":
+                    raise
+                capacity = length.value
+                continue
+            return ctypes.string_at(text, length.value)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        return self.decode_bytes(ids, skip_special).decode()
+
+    def stream(self, skip_special: bool = False) -> CppStream:
+        return CppStream(self, skip_special)
+
+
+class CppStream:
+    def __init__(self, tokenizer: CppTokenizer, skip_special: bool) -> None:
+        self.handle = ctypes.c_void_p()
+        arguments = (int(skip_special), ctypes.byref(self.handle))
+        call("mla_text_stream_create", tokenizer.handle, *arguments)
+        self._destroy = load().mla_text_stream_destroy
+
+    def __del__(self) -> None:
+        if self.handle and hasattr(self, "_destroy"):
+            self._destroy(self.handle)
+
+    def destroy(self) -> None:
+        call("mla_text_stream_destroy", self.handle)
+        self.handle = ctypes.c_void_p()
+
+    def _piece(self, name: str, *arguments: Any) -> bytes:
+        text, length = ctypes.c_void_p(), ctypes.c_size_t()
+        call(name, self.handle, *arguments, ctypes.byref(text), ctypes.byref(length))
+        return ctypes.string_at(text.value, length.value) if length.value else b""
+
+    def push(self, token: int) -> bytes:
+        return self._piece("mla_text_stream_push", token)
+
+    def flush(self) -> bytes:
+        return self._piece("mla_text_stream_flush")
+
+    def pieces(self, ids: Iterable[int]) -> Iterator[bytes]:
+        for token in ids:
+            yield self.push(token)
+        yield self.flush()
