@@ -46,7 +46,8 @@ PREFIX = BUILD / "prefix"
 STATUS = (
     "OK", "INVALID_ARGUMENT", "INVALID_HANDLE", "BAD_BUNDLE", "BAD_RUNTIME", "CACHE_FULL",
     "CONTEXT_FULL", "BAD_SESSION_FILE", "FILE_ERROR", "OUT_OF_MEMORY", "BUSY", "CANCELLED",
-    "MODEL_FAILED", "INTERNAL",
+    "MODEL_FAILED", "INTERNAL", "BAD_TOKENIZER", "UNSUPPORTED", "BUFFER_TOO_SMALL", "NOT_FOUND",
+    "TOO_COMPLEX",
 )  # fmt: skip
 FINISH = ("none", "eos", "stop", "length", "context", "callback", "cancelled")
 CALLBACK = ctypes.CFUNCTYPE(c_int, c_void_p, c_int32)

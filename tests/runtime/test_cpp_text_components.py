@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from cpp.text_abi import CHARACTERS, CppTokenizer, TextError, skip_without_library
+from cpp.core_abi import AbiError
+from cpp.text_abi import CHARACTERS, CppTokenizer, load_text
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 from tokenizers import pre_tokenizers as pre
 from tokenizers.processors import ByteLevel as ByteLevelProcessor
@@ -50,7 +51,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _library() -> None:
-    skip_without_library()
+    load_text()
 
 
 def random_texts(count: int, seed: int = 7) -> list[str]:
@@ -158,7 +159,7 @@ def test_regular_expressions_mean_the_same(pattern: str) -> None:
 def test_other_regular_expressions_are_refused(pattern: str) -> None:
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
     config = {"model": json.loads(byte_level_model().__getstate__()), "pre_tokenizer": split}
-    with pytest.raises(TextError) as caught:
+    with pytest.raises(AbiError) as caught:
         CppTokenizer(json.dumps(config))
     assert caught.value.status == "UNSUPPORTED"
     assert "pre_tokenizer.pattern.Regex" in caught.value.text
@@ -201,7 +202,7 @@ def test_metaspace_of_old_files() -> None:
     text = json.dumps({**config, "pre_tokenizer": old, "decoder": old})
     assert_same(Tokenizer.from_str(text), text_json=text)
     config["decoder"] = {**old, "add_prefix_space": False}
-    with pytest.raises(TextError, match=r"decoder\.add_prefix_space"):
+    with pytest.raises(AbiError, match=r"decoder\.add_prefix_space"):
         CppTokenizer(json.dumps(config))
 
 

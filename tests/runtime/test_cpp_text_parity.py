@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from cpp.text_abi import CHARACTERS, CppTokenizer, skip_without_library
+from cpp.text_abi import CHARACTERS, CppTokenizer, load_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -24,7 +24,7 @@ MODELS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _library() -> None:
-    skip_without_library()
+    load_text()
 
 
 @cache

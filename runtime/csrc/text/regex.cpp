@@ -97,7 +97,7 @@ void Regex::find_all(std::string_view original, MatchMemory& memory,
                                  PCRE2_NO_UTF_CHECK, own.data.get(), own.context.get());
         if (status == PCRE2_ERROR_NOMATCH) return;
         if (status < 0) {
-            throw Error(MLA_TEXT_FAILED,
+            throw Error(MLA_TOO_COMPLEX,
                         "a pattern of tokenizer.json cannot be matched against the text")
                 .found(pcre2_message(status), ", ", text.size() - from, " bytes before its end")
                 .next("encode the text in shorter parts");
