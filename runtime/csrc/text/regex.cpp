@@ -9,14 +9,15 @@
 #include <pcre2.h>
 
 namespace mla::text {
-namespace {
 
 template <class T, void (*Free)(T*)>
-struct Deleter {
+struct Pcre2Deleter {
     void operator()(T* pointer) const { Free(pointer); }
 };
 template <class T, void (*Free)(T*)>
-using Owned = std::unique_ptr<T, Deleter<T, Free>>;
+using Owned = std::unique_ptr<T, Pcre2Deleter<T, Free>>;
+
+namespace {
 
 // Backtracking into a long run takes memory; this is enough for millions of characters.
 constexpr size_t kJitStackBytes = size_t{16} << 20;
