@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from cpp.core_abi import AbiError, load_api
+
+FULL = os.environ.get("MLA_DEPLOY_FULL") == "1"
+"""Whether tests take all of Unicode and whole corpora, which takes many minutes, or samples."""
 
 # All that Unicode has assigned, and every 97th of what is left.
 CHARACTERS = [
@@ -17,6 +22,13 @@ CHARACTERS = [
     if not 0xD800 <= code <= 0xDFFF
     and (code < 0x33480 or 0xE0000 <= code < 0xE0200 or code % 97 == 0)
 ]
+
+
+def some_characters() -> list[str]:
+    """Latin and others of the first blocks, and a fresh sample of all."""
+    if FULL:
+        return CHARACTERS
+    return CHARACTERS[:0x600] + [CHARACTERS[i] for i in torch.randperm(len(CHARACTERS))[:3000]]
 
 
 @cache
