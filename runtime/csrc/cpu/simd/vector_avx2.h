@@ -171,17 +171,21 @@ struct Avx2 {
         return _mm256_dpbusd_avx_epi32(sums, u, s);
 #else
         const __m256i pairs = _mm256_maddubs_epi16(u, s);
-        sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-        __asm__("" : "+x"(sums));  // see dot_pairs()
+        __asm__("vpaddd %1, %0, %0"  // see add_words()
+                : "+x"(sums)
+                : "x"(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
         return sums;
 #endif
     }
+    // Left to itself, GCC computes all products of a step before the first sum, and spills the
+    // sums.
+    static void add_words(__m256i& sum, __m256i x) {
+        __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x));
+    }
     // Pairs of products in 16 bit, where one of the two is an int4 code.
     static I dot_pairs(I pairs, I u, I s) {
-        pairs.a = _mm256_add_epi16(pairs.a, _mm256_maddubs_epi16(u.a, s.a));
-        pairs.b = _mm256_add_epi16(pairs.b, _mm256_maddubs_epi16(u.b, s.b));
-        // GCC would compute all products of a step before the first sum, and spill the sums.
-        __asm__("" : "+x"(pairs.a), "+x"(pairs.b));
+        add_words(pairs.a, _mm256_maddubs_epi16(u.a, s.a));
+        add_words(pairs.b, _mm256_maddubs_epi16(u.b, s.b));
         return pairs;
     }
     static I add_pairs(I sums, I pairs) {
