@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,17 @@ from mla_deploy.bundle import Bundle
 class GraphRunner:
     """A batch of sequences over a shared arena, cache bound in place."""
 
-    def __init__(self, bundle: Bundle, sequences: int, tokens: int, optimize: bool = True) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        sequences: int,
+        tokens: int,
+        optimize: bool = True,
+        ops_library: Path | None = None,
+    ) -> None:
         options = onnxruntime.SessionOptions()
+        if ops_library is not None:
+            options.register_custom_ops_library(str(ops_library))
         options.intra_op_num_threads = 1
         if not optimize:
             level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
