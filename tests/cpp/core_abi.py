@@ -369,7 +369,7 @@ def installed_prefix() -> Path | str:
         configure = ["cmake", "-S", str(ROOT / "runtime"), "-B", str(BUILD), *generator]
         configure += [
             "-DMLA_PYTHON=OFF",
-            "-DMLA_ENGINE=ON",
+            "-DMLA_ENGINE=AUTO",
             f"-DPython_EXECUTABLE={sys.executable}",
         ]
         output = run(configure)

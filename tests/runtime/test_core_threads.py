@@ -32,7 +32,8 @@ def tsan_library() -> Path:
     with (BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        choices = ["-DMLA_PYTHON=OFF", "-DMLA_SANITIZE=thread", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"]
+        choices = ["-DMLA_PYTHON=OFF", "-DMLA_ENGINE=AUTO", "-DMLA_SANITIZE=thread"]
+        choices.append("-DCMAKE_BUILD_TYPE=RelWithDebInfo")
         configure = ["cmake", "-S", str(ROOT / "runtime"), "-B", str(BUILD), *generator, *choices]
         output = run([*configure, f"-DPython_EXECUTABLE={sys.executable}"])
         if "libmla_deploy.so is left out" in output:
