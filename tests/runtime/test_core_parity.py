@@ -61,7 +61,8 @@ def test_the_logits_are_those_of_onnxruntime(
 ) -> None:
     """Prefill and decode steps of a ragged batch, bound by hand."""
     c_abi, python = engines
-    runner = GraphRunner(Bundle.open(bundle), 3, 256, ops_library=library)
+    # As many pages as the engine binds: the order of sums depends on it.
+    runner = GraphRunner(Bundle.open(bundle), 3, 192, ops_library=library)
     mine = [c_abi.session() for _ in PROMPTS]
     with python.session() as a, python.session() as b, python.session() as c:
         for ids in (PROMPTS, [[9], [400, 3], [1]], [[2], [2], [2]]):

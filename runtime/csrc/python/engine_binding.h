@@ -1,9 +1,9 @@
 // Engines and sessions as Python holds them, and how a long call of Python's runs.
 //
-// The classes of the core are bound directly, from the static library mla_core. Behind the C ABI,
-// as a C++ program sees them, an error would be a text to take apart again, a session a number to
-// look up, and a generation a callback that cannot pause; and the wheel would carry a second
-// library. What is bound is what the C ABI is made of, so there is one engine all the same.
+// The classes of the core are bound directly, from the static library mla_core, not the C ABI that
+// is made of them. Through the ABI an error would be a text to take apart again, a session a number
+// to look up, and a generation a callback that cannot pause; and the wheel would need
+// libmla_deploy.
 //
 // The GIL is released before anything waits for the engine, and nothing takes it while the engine
 // is held: whoever holds the one never waits for the other.
