@@ -23,7 +23,9 @@ class GraphRunner:
         tokens: int,
         optimize: bool = True,
         ops_library: Path | None = None,
+        padding: int = 7,  # which must not matter, but for the last bits
     ) -> None:
+        self.padding = padding
         options = onnxruntime.SessionOptions()
         if ops_library is not None:
             options.register_custom_ops_library(str(ops_library))
@@ -50,7 +52,7 @@ class GraphRunner:
         """Feed each sequence its tokens; gives their logits, one [S, vocab] a sequence."""
         new = np.array([len(one) for one in tokens], np.int64)
         width = int(new.max())
-        ids = np.full((len(tokens), width), 7, np.int64)  # padding must not matter
+        ids = np.full((len(tokens), width), self.padding, np.int64)
         for row, one in zip(ids, tokens, strict=True):
             row[: len(one)] = one.numpy()
         index = np.tile(np.arange(width, dtype=np.int64), (len(tokens), 1))
