@@ -71,13 +71,19 @@ class PyGeneration {
     std::optional<Made> next(Cancellation* cancellation) {
         bool is_more = false;
         Session& session = generation_.session();
-        const std::unique_lock<std::mutex> lock = hold();
+        const std::unique_lock<std::recursive_mutex> lock = hold();
         const bool is_long = generation_.result().tokens.empty() &&
                              generation_.prompt_tokens() > session.engine().prefill_chunk();
-        interruptible(is_long, cancellation, [&](Cancellation* cancel) {
-            const Claim claim(session);
-            is_more = generation_.next(claim, cancel);
-        });
+        try {
+            interruptible(is_long, cancellation, [&](Cancellation* cancel) {
+                const Claim claim(session);
+                is_more = generation_.next(claim, cancel);
+            });
+        } catch (...) {
+            note_result();
+            throw;
+        }
+        note_result();
         if (!is_more) return std::nullopt;
         const GenerationResult& found = generation_.result();
         return Made(found.tokens.back(), name_of(found.finish_reason));
@@ -85,13 +91,15 @@ class PyGeneration {
 
     using Result = std::tuple<size_t, double, double, uint64_t>;
 
-    Result result() {
-        const std::unique_lock<std::mutex> lock = hold();
-        const GenerationResult& found = generation_.result();
-        return {found.reused_tokens, found.prefill_ms, found.decode_ms, found.cache_bytes};
-    }
+    // As of the last token. Waits for nobody, so that a signal's handler may ask, too.
+    Result result() const { return result_; }
 
   private:
+    void note_result() {
+        const GenerationResult& found = generation_.result();
+        result_ = {found.reused_tokens, found.prefill_ms, found.decode_ms, found.cache_bytes};
+    }
+
     static GenerationOptions options_of(const SamplingOptions& sampling,
                                         const std::vector<mla_token>& end_tokens,
                                         size_t max_tokens) {
@@ -117,13 +125,14 @@ class PyGeneration {
     }
 
     // Without the GIL while waiting: who holds the mutex may need it to get on.
-    std::unique_lock<std::mutex> hold() {
+    std::unique_lock<std::recursive_mutex> hold() {
         const nb::gil_scoped_release release;
-        return std::unique_lock<std::mutex>(mutex_);
+        return std::unique_lock<std::recursive_mutex>(mutex_);
     }
 
-    std::mutex mutex_;
+    std::recursive_mutex mutex_;  // a signal's handler runs within `next`
     Generation generation_;
+    Result result_{};  // guarded by the GIL
 };
 
 }  // namespace
