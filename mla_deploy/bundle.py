@@ -182,12 +182,21 @@ class Bundle:
             BundleError: no bundle, a manifest of another version, or a file that is missing or is
                 not what the manifest says.
         """
+        bundle = cls.of_manifest(path)
+        for entry in bundle.manifest.files:
+            _check_file(bundle.path, entry, verify)
+        return bundle
+
+    @classmethod
+    def of_manifest(cls, path: Path | str) -> Bundle:
+        """Read the manifest alone, for a caller that has the files checked by the engine.
+
+        Raises:
+            BundleError: no bundle, or a manifest of another version or with mistakes.
+        """
         folder = Path(path)
-        manifest = _read_manifest(folder)
-        for entry in manifest.files:
-            _check_file(folder, entry, verify)
-        bundle = cls(folder, manifest)
-        bundle.file(manifest.graph.path)
+        bundle = cls(folder, _read_manifest(folder))
+        bundle.file(bundle.manifest.graph.path)
         return bundle
 
     def file(self, name: str) -> Path:

@@ -71,10 +71,15 @@ else()
 endif()
 
 # ---- nlohmann/json ------------------------------------------------------------------------------
-# Python_SITELIB holds what pip installed where an isolated build has its requirements.
+if(Python_EXECUTABLE)  # asked, as an isolated build keeps its requirements in a folder of its own
+    execute_process(
+        COMMAND "${Python_EXECUTABLE}" -c
+            "import importlib.util as u; print(u.find_spec('nlohmann_json').submodule_search_locations[0])"
+        OUTPUT_VARIABLE json_package OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+endif()
 find_path(MLA_JSON_INCLUDE nlohmann/json.hpp)
-find_path(MLA_JSON_INCLUDE nlohmann/json.hpp NO_DEFAULT_PATH NO_CMAKE_FIND_ROOT_PATH
-    PATHS "${Python_SITELIB}/nlohmann_json/include" "${Python_SITEARCH}/nlohmann_json/include")
+find_path(MLA_JSON_INCLUDE nlohmann/json.hpp PATHS "${json_package}/include"
+          NO_DEFAULT_PATH NO_CMAKE_FIND_ROOT_PATH)
 
 # ---- PCRE2 and utf8proc -------------------------------------------------------------------------
 function(mla_find_library package prefix header library)
@@ -94,7 +99,7 @@ function(mla_find_library package prefix header library)
     endif()
 endfunction()
 
-if(MLA_ENGINE)
+if(MLA_ENGINE AND NOT SKBUILD)
     mla_find_library(libpcre2-dev MLA_PCRE2 pcre2.h pcre2-8)
     mla_find_library(libutf8proc-dev MLA_UTF8PROC utf8proc.h utf8proc)
 endif()

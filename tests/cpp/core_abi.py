@@ -371,7 +371,7 @@ def installed_prefix() -> Path | str:
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         configure = ["cmake", "-S", str(ROOT / "runtime"), "-B", str(BUILD), *generator]
         # The operator library was built with the Python package, and its kernels take long.
-        configure += [*FAST, "-DMLA_PYTHON=OFF", "-DMLA_OPS=OFF"]
+        configure += [*FAST, "-DMLA_PYTHON=OFF", "-DMLA_OPS=OFF", "-DMLA_ENGINE=AUTO"]
         configure.append(f"-DPython_EXECUTABLE={sys.executable}")
         output = run(configure)
         if "libmla_deploy.so is left out" in output:

@@ -85,6 +85,27 @@ def test_the_headers_compile_without_a_warning(
     run([*command, *flags, "-c", str(source), "-o", str(tmp_path / "object")])
 
 
+def test_a_program_built_with_another_abi_version_is_told_so(prefix: Path, tmp_path: Path) -> None:
+    shutil.copytree(prefix / "include", tmp_path / "include")
+    header = tmp_path / "include" / "mla_deploy" / "runtime.h"
+    text = header.read_text()
+    assert "#define MLA_ABI_VERSION 1\n" in text
+    header.write_text(text.replace("#define MLA_ABI_VERSION 1\n", "#define MLA_ABI_VERSION 2\n"))
+    source = tmp_path / "program.cpp"
+    source.write_text(
+        "#include <cstdio>\n#include <mla_deploy/runtime.hpp>\n"
+        "int main() {\n"
+        "    mla_engine_options options = MLA_ENGINE_OPTIONS_INIT;\n"
+        "    try { mla::Engine engine(options); }\n"
+        "    catch (const mla::Error& error) { std::puts(error.what()); }\n"
+        "}\n"
+    )
+    library = next(prefix.rglob("libmla_deploy.so"))
+    flags = ["-std=c++17", f"-I{tmp_path}/include", f"-Wl,-rpath,{library.parent}"]
+    run(["c++", *flags, str(source), str(library), "-o", str(tmp_path / "program")])
+    assert "another ABI version" in run([str(tmp_path / "program")])
+
+
 def build_with_cmake(prefix: Path, work: Path, program: str = "minimal") -> Path:
     source = shutil.copytree(ROOT / "examples" / "cpp", work / "source")
     run(["cmake", "-S", str(source), "-B", str(work / "b"), f"-DCMAKE_PREFIX_PATH={prefix}"])
