@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mla_deploy.cache import CachePart, Layout, cache_record
-from mla_deploy.quant.latent_cache import group_size, unpack_nibbles
+from mla_deploy.quant.cache_codes import group_size, unpack_codes
 
 PAGE = (Path(__file__).parents[2] / "docs" / "cache-record.md").read_text(encoding="utf-8")
 SIZES = [(512, 64), (128, 32), (256, 16), (96, 24)]
@@ -61,7 +61,7 @@ def test_the_places_in_a_page(layout: Layout) -> None:
 
 def test_the_nibbles() -> None:
     packed = torch.randint(0, 256, (1, 1, 16), dtype=torch.uint8)
-    channels = unpack_nibbles(packed)[0, 0]
+    channels = unpack_codes(packed, 4)[0, 0]
     for k in range(4):
         for j in range(4):
             byte = int(packed[0, 0, 4 * k + j])
