@@ -23,7 +23,7 @@ from mla_deploy.bundle import (
     describe_file,
     write_manifest,
 )
-from mla_deploy.cache import PAGE_TOKENS, cache_record
+from mla_deploy.cache import PAGE_TOKENS
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import TokenizerError
@@ -31,7 +31,7 @@ from mla_deploy.exporters.onnx import ort
 from mla_deploy.exporters.onnx.attention_function import OPSET
 from mla_deploy.exporters.onnx.graph import build_graph
 from mla_deploy.exporters.onnx.weights import Progress, write_external_data
-from mla_deploy.model import count_parameters
+from mla_deploy.model import cache_parts, count_parameters
 from mla_deploy.output import check_output, check_space, new_folder, writing
 
 GRAPH_FILE = "model.onnx"
@@ -91,14 +91,14 @@ def export_onnx(
             )
             write_manifest(folder, manifest)
         size = sum(file.stat().st_size for file in folder.iterdir())
-    record = cache_record(config.recipe.cache_format)
-    per_layer = record.bytes_per_token(config.kv_lora_rank, config.qk_rope_head_dim)
     return ExportReport(
         bundle=out,
         bytes=size,
         seconds=time.monotonic() - start,
         nodes=len(graph.builder.nodes),
-        kv_bytes_per_token=per_layer * config.num_hidden_layers,
+        kv_bytes_per_token=sum(
+            part.bytes_per_token for parts in cache_parts(config) for part in parts
+        ),
     )
 
 
@@ -129,16 +129,21 @@ def model_info(config: MlaConfig) -> ModelInfo:
 
 def cache_info(config: MlaConfig) -> CacheInfo:
     """The manifest's part on the cache."""
-    name = config.recipe.cache_format
-    parts = [
-        CachePartInfo(
-            name=part.name,
-            dtype=str(part.dtype).removeprefix("torch."),
-            page_shape=list(part.page_shape),
+    formats = config.recipe.cache_formats(config.num_hidden_layers)
+    layers = [
+        LayerCache(
+            format=name,
+            parts=[
+                CachePartInfo(
+                    name=part.name,
+                    dtype=str(part.dtype).removeprefix("torch."),
+                    page_shape=list(part.page_shape),
+                )
+                for part in parts
+            ],
         )
-        for part in cache_record(name).parts(config.kv_lora_rank, config.qk_rope_head_dim)
+        for name, parts in zip(formats, cache_parts(config), strict=True)
     ]
-    layers = [LayerCache(format=name, parts=parts) for _ in range(config.num_hidden_layers)]
     return CacheInfo(page_tokens=PAGE_TOKENS, layers=layers)
 
 
