@@ -46,7 +46,7 @@ class LayerRecipe:
 
     cache_format: str
     latent_rotation: int | None
-    principal_axes: bool
+    balanced: bool
     linear: WeightFormat | None
     experts: WeightFormat | None
 
@@ -64,8 +64,8 @@ class Recipe:
     """The norm weight of the latent is already in w_uk and w_uv."""
     latent_rotation: int | None = None
     """Block size of the Hadamard rotation of the latent, folded into kv_a, w_uk and w_uv."""
-    principal_axes: bool = False
-    """The rotation turns the latent to its principal axes first; they were calibrated."""
+    balanced: bool = False
+    """The rotation turns the latent to calibrated axes first."""
     half_precision: bool = False
     """Float matrices that are read by rows or per head (embedding, w_uk, w_uv) are in float16."""
     layers: tuple[LayerRecipe, ...] = ()
@@ -85,7 +85,7 @@ class Recipe:
             self,
             cache_format=own.cache_format,
             latent_rotation=own.latent_rotation,
-            principal_axes=own.principal_axes,
+            balanced=own.balanced,
             linear=own.linear,
             experts=own.experts,
             layers=(),

@@ -18,9 +18,17 @@ from typing import Any, Protocol
 
 import mla_deploy
 from mla_deploy.checkpoint import Checkpoint, ShardWriter
-from mla_deploy.config import read_json_object
+from mla_deploy.config import MlaConfig, read_json_object
 from mla_deploy.errors import CheckpointError, ConfigError
 from mla_deploy.output import check_output, check_space, writing
+from mla_deploy.quant.cache_choice import (
+    CacheChoices,
+    choose_cache,
+    load_choices,
+    remove_axes,
+    save_choices,
+)
+from mla_deploy.quant.calibrate import CalibrationText
 from mla_deploy.quant.options import QuantizeOptions, recipe_for
 from mla_deploy.quant.plan import Outcome, Plan, Step, make_plan
 from mla_deploy.quant.workspace import workspace
@@ -83,6 +91,8 @@ class QuantizeReport:
     resumed_bytes: int
     """Written by an earlier, interrupted run."""
     seconds: float
+    cache: CacheChoices | None = None
+    """What the calibration found, if there was one."""
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -104,6 +114,7 @@ class QuantizeReport:
             "skipped": {reason: len(names) for reason, names in self.skipped.items()},
             "resumed_bytes": self.resumed_bytes,
             "seconds": self.seconds,
+            "calibration": None if self.cache is None else self.cache.to_json(),
         }
 
 
@@ -126,7 +137,7 @@ def quantize_checkpoint(
 
     Raises:
         ConfigError, CheckpointError: the source is broken or not supported.
-        UsageError: options that do not fit the model.
+        UsageError: options that do not fit the model, or a calibration text that is no use.
         OutputError: the output exists, the disk is full, or an unfinished other job is in the way.
     """
     started = time.monotonic()
@@ -138,13 +149,23 @@ def quantize_checkpoint(
         raise CheckpointError(
             f"{source} is quantised already", hint="quantize the checkpoint it was made from"
         )
-    recipe = recipe_for(checkpoint.config, options)
-    plan = make_plan(checkpoint, replace(checkpoint.config, recipe=recipe))
+    config = checkpoint.config
+    recipe = recipe_for(config, options)
+    plan = make_plan(checkpoint, replace(config, recipe=recipe))
     check_output(source, out, _is_ours, force=force)
-    with workspace(out, _job(checkpoint, raw_config, options)) as folder:
+    text = None
+    if options.calibration:
+        text = CalibrationText.read(options.calibration, source, config)
+    choices: CacheChoices | None = None
+    with workspace(out, _job(checkpoint, raw_config, options, text)) as folder:
+        if text is not None:
+            choices = _calibrate(source, folder, config, text, options, progress)
+            recipe = recipe_for(config, options, choices)
+            plan = make_plan(checkpoint, replace(config, recipe=recipe), choices.rotations)
         run = _Run(checkpoint, plan, folder, progress)
         run.weights()
         _write_companions(source, folder, {**raw_config, RECIPE_KEY: recipe.to_json()})
+        remove_axes(folder)
     return QuantizeReport(
         recipe=recipe,
         source_bytes=_source_bytes(checkpoint, plan),
@@ -153,7 +174,26 @@ def quantize_checkpoint(
         skipped=plan.skipped,
         resumed_bytes=run.resumed_bytes,
         seconds=time.monotonic() - started,
+        cache=choices,
     )
+
+
+def _calibrate(
+    source: Path,
+    folder: Path,
+    config: MlaConfig,
+    text: CalibrationText,
+    options: QuantizeOptions,
+    progress: Progress | None,
+) -> CacheChoices:
+    """Calibrate once: a resumed run must fold the very matrices that are in finished shards."""
+    choices = load_choices(folder)
+    if choices is None:
+        choices = choose_cache(
+            source, config, text, options.kv, options.kv_budget, options.rotate, progress
+        )
+        save_choices(folder, choices)
+    return choices
 
 
 @dataclass
@@ -238,7 +278,10 @@ def _is_ours(out: Path) -> bool:
 
 
 def _job(
-    checkpoint: Checkpoint, raw_config: Mapping[str, Any], options: QuantizeOptions
+    checkpoint: Checkpoint,
+    raw_config: Mapping[str, Any],
+    options: QuantizeOptions,
+    text: CalibrationText | None,
 ) -> dict[str, Any]:
     """What must be equal for a repeated run to go on with the work of another."""
     files = sorted({info.file for info in checkpoint.tensors.values()})
@@ -251,7 +294,8 @@ def _job(
         "version": mla_deploy.__version__,
         "source": str(checkpoint.path.resolve()),
         "source_sha256": hashlib.sha256(seen.encode()).hexdigest(),
-        "options": dataclasses.asdict(options),
+        "options": {**dataclasses.asdict(options), "calibration": list(options.calibration)},
+        "calibration_sha256": None if text is None else text.sha256,
     }
 
 
