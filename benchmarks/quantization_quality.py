@@ -1,7 +1,6 @@
 """What quantisation costs in perplexity and KL divergence.
 
     python benchmarks/quantization_quality.py MODEL TEXT [--tokens 30000] [--window 512]
-        [--calibration TEXT] [--only "kv "]
 
 Quantises the model in every way of the list below into a temporary folder, scores the text with the
 torch reference, and prints a Markdown table against the unquantised model in float32. The caches
@@ -14,30 +13,22 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mla_deploy.config import load_config
 from mla_deploy.evaluate.scorer import TorchScorer
 from mla_deploy.evaluate.scores import evaluate
 from mla_deploy.evaluate.text import read_text
-from mla_deploy.model import cache_parts
 from mla_deploy.quant.options import QuantizeOptions
 from mla_deploy.quant.quantize import quantize_checkpoint
 
 FLOAT = QuantizeOptions(kv="fp32", weights="none")
-CACHES = ("int8", "fp8", "int4-g32", "int4", "int3", "int2")
-CALIBRATED = ("int8", "int4-g32", "int4", "int3", "int2")
-BUDGETS = (75.0, 90.0, 100.0, 108.0, 120.0)
-"""Bytes a token and layer, at rank 128 and rope 32; an int4 record takes 108."""
 CASES = {
-    **{f"kv {name}": QuantizeOptions(kv=name, weights="none") for name in CACHES},
-    **{
-        f"kv {name}, not rotated": QuantizeOptions(kv=name, weights="none", rotate=False)
-        for name in CACHES
-    },
+    "kv int4": QuantizeOptions(kv="int4", weights="none"),
+    "kv int4, not rotated": QuantizeOptions(kv="int4", weights="none", rotate=False),
+    "kv int8": QuantizeOptions(kv="int8", weights="none"),
+    "kv int8, not rotated": QuantizeOptions(kv="int8", weights="none", rotate=False),
     "kv fp16": QuantizeOptions(kv="fp16", weights="none"),
     "weights int4": QuantizeOptions(kv="fp32", weights="int4"),
     "weights int4, exact zeros": QuantizeOptions(kv="fp32", weights="int4", zeros="exact"),
@@ -53,18 +44,6 @@ CASES = {
     "kv int4, weights int8": QuantizeOptions(kv="int4", weights="int8"),
     "kv int4, weights int4 (the default)": QuantizeOptions(),
 }
-
-
-def calibrated(text: Path) -> dict[str, QuantizeOptions]:
-    """The cases that need a text."""
-    common: dict[str, Any] = {"weights": "none", "calibration": (str(text),)}
-    return {
-        **{f"kv {name}, calibrated": QuantizeOptions(kv=name, **common) for name in CALIBRATED},
-        **{
-            f"kv auto, {budget:g} bytes": QuantizeOptions(kv="auto", kv_budget=budget, **common)
-            for budget in BUDGETS
-        },
-    }
 
 
 class Remembering(TorchScorer):
@@ -88,22 +67,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=30000)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--calibration", type=Path, help="text for the calibrated cases")
     args = parser.parse_args()
 
     text = read_text(args.text)
     reference = Remembering(args.model)
-    print("| what | MB | cache bytes | perplexity | change | KL mean | KL p99 | top-1 agreement |")
-    print("|---|---|---|---|---|---|---|---|")
-    cases = {"float32": FLOAT, **CASES}
-    if args.calibration is not None:
-        cases |= calibrated(args.calibration)
-    for name, options in cases.items():
+    print("| what | MB | perplexity | change | KL mean | KL p99 | top-1 agreement |")
+    print("|---|---|---|---|---|---|---|")
+    for name, options in {"float32": FLOAT, **CASES}.items():
         if args.only not in name:
             continue
         with tempfile.TemporaryDirectory() as folder:
             report = quantize_checkpoint(args.model, Path(folder) / "model", options)
-            parts = cache_parts(load_config(Path(folder) / "model"))
             found = evaluate(
                 TorchScorer(Path(folder) / "model"),
                 text,
@@ -113,11 +87,10 @@ def main() -> None:
             )
         against = found.comparison
         assert against is not None
-        kv = sum(part.bytes_per_token for layer in parts for part in layer) / len(parts)
         change = found.perplexity / against.reference_perplexity - 1
         print(
-            f"| {name} | {report.output_bytes / 1e6:.2f} | {kv:g} | {found.perplexity:.2f} "
-            f"| {change:+.2%} | {against.kl_mean:.5f} | {against.kl_p99:.4f} | {against.top1_agreement:.2%} |",
+            f"| {name} | {report.output_bytes / 1e6:.2f} | {found.perplexity:.2f} | {change:+.2%} "
+            f"| {against.kl_mean:.5f} | {against.kl_p99:.4f} | {against.top1_agreement:.2%} |",
             flush=True,
         )
 

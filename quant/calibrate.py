@@ -89,8 +89,14 @@ class CalibrationText:
     sha256: str
 
     @classmethod
-    def read(cls, paths: Sequence[Path | str], model: Path, config: MlaConfig) -> CalibrationText:
-        """Read the files and cut them into the windows that are looked at.
+    def read(
+        cls,
+        paths: Sequence[Path | str],
+        model: Path,
+        config: MlaConfig,
+        tokens: int = MAX_TOKENS,
+    ) -> CalibrationText:
+        """Read the files and cut them into the windows that are looked at, so many tokens of them.
 
         Raises:
             UsageError: a file that is missing, empty, not UTF-8, or too short all together.
@@ -116,7 +122,7 @@ class CalibrationText:
             )
         size = min(DEFAULT_WINDOW, config.max_position_embeddings)
         every = [part.ids for part in windows(corpus, size, size - len(corpus.start))]
-        wanted = max(1, MAX_TOKENS // size)
+        wanted = max(1, tokens // size)
         step = max(1, len(every) // wanted)
         chosen = tuple(part for part in every[::step][:wanted] if len(part) > 1)
         digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()

@@ -18,6 +18,7 @@ from mla_deploy.modules.base import checkpoint_shapes
 from mla_deploy.modules.decoder import Decoder
 from mla_deploy.packing import SUFFIXES
 from mla_deploy.quant.fold import LatentRotation, fold_kv_a, fold_kv_b
+from mla_deploy.quant.hqq_source import HqqCheckpoint
 from mla_deploy.quant.options import Matrix, matrices
 from mla_deploy.quant.weights import quantize_matrix
 from mla_deploy.recipe import WeightFormat
@@ -73,6 +74,14 @@ class Step:
         Raises:
             CheckpointError: as `Checkpoint.read`, or values too large for the output's type.
         """
+        if (
+            isinstance(checkpoint, HqqCheckpoint)
+            and self.weight_format is not None
+            and self.transform is None
+        ):
+            kept = checkpoint.quantized(self.source, self.weight_format)
+            if kept is not None:
+                return Outcome(kept.tensors(self.target), kept.squared_error, kept.squared_sum)
         tensor = checkpoint.read(self.source, self.shape)
         if self.transform is not None:
             tensor = self.transform(tensor)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import mla_deploy
 from mla_deploy.checkpoint import Checkpoint, ShardWriter
 from mla_deploy.config import MlaConfig, read_json_object
-from mla_deploy.errors import CheckpointError, ConfigError
+from mla_deploy.errors import CheckpointError, ConfigError, UsageError
 from mla_deploy.output import check_output, check_space, writing
 from mla_deploy.quant.cache_choice import (
     CacheChoices,
@@ -29,6 +29,7 @@ from mla_deploy.quant.cache_choice import (
     save_choices,
 )
 from mla_deploy.quant.calibrate import CalibrationText
+from mla_deploy.quant.hqq_source import open_source, options_of_source
 from mla_deploy.quant.options import QuantizeOptions, recipe_for
 from mla_deploy.quant.plan import Outcome, Plan, Step, make_plan
 from mla_deploy.quant.workspace import workspace
@@ -143,13 +144,20 @@ def quantize_checkpoint(
     started = time.monotonic()
     source, out = Path(source), Path(out)
     options = options or QuantizeOptions()
-    checkpoint = Checkpoint(source)
+    checkpoint = open_source(source)
+    options = options_of_source(checkpoint, options)
     raw_config = read_json_object(source / "config.json")
     if raw_config.get(RECIPE_KEY) is not None:
         raise CheckpointError(
             f"{source} is quantised already", hint="quantize the checkpoint it was made from"
         )
     config = checkpoint.config
+    if options.calibration and type(checkpoint) is not Checkpoint:
+        raise UsageError(
+            "a checkpoint that is quantised already cannot be calibrated",
+            found=f"{source}, and --calibration",
+            hint="calibrate with the original checkpoint, or leave --calibration out",
+        )
     recipe = recipe_for(config, options)
     plan = make_plan(checkpoint, replace(config, recipe=recipe))
     check_output(source, out, _is_ours, force=force)
@@ -164,6 +172,7 @@ def quantize_checkpoint(
             plan = make_plan(checkpoint, replace(config, recipe=recipe), choices.rotations)
         run = _Run(checkpoint, plan, folder, progress)
         run.weights()
+        raw_config.pop("quantization_config", None)  # the source's, which is the recipe's now
         _write_companions(source, folder, {**raw_config, RECIPE_KEY: recipe.to_json()})
         remove_axes(folder)
     return QuantizeReport(
