@@ -30,6 +30,7 @@ from mla_deploy.errors import ConfigError, UsageError
 from mla_deploy.evaluate.text import DEFAULT_WINDOW, encode_text, read_text, windows
 from mla_deploy.modules.attention import LatentAttention
 from mla_deploy.modules.decoder import Decoder
+from mla_deploy.modules.linear import Norm
 from mla_deploy.ops import attention
 from mla_deploy.quant.fold import LatentRotation, balanced_axes, hadamard_block, latent_sensitivity
 from mla_deploy.tokenizer import Tokenizer
@@ -265,7 +266,8 @@ def _balanced_axes(
     found = []
     for layer, covariance in enumerate(sums):
         block = run.attention(layer)
-        sensitivity = latent_sensitivity(block.w_uk, block.w_uv, block.o_proj.weight)
+        w_uk, w_uv = block.get_parameter("w_uk"), block.get_parameter("w_uv")
+        sensitivity = latent_sensitivity(w_uk, w_uv, block.o_proj.weight)
         found.append(balanced_axes(covariance, sensitivity))
     return found
 
@@ -294,6 +296,7 @@ class WindowRun:
     def normed(self, layer: int, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """What the attention block of a layer is given."""
         norm = self.model.layers[layer].input_layernorm
+        assert isinstance(norm, Norm)
         output: torch.Tensor = norm(x) if residual is None else norm.after_add(x, residual)[0]
         return output
 
@@ -347,7 +350,8 @@ def rotated(block: LatentAttention, rotation: LatentRotation | None) -> Iterator
         yield
         return
     linear = block.qkv_a_proj
-    rank = block.w_uk.shape[2]
+    w_uk, w_uv = block.get_parameter("w_uk").data, block.get_parameter("w_uv").data
+    rank = w_uk.shape[2]
     rows = slice(block.split[0], block.split[0] + rank)
     changed: list[tuple[nn.Module, str, torch.Tensor]] = []
 
@@ -363,8 +367,8 @@ def rotated(block: LatentAttention, rotation: LatentRotation | None) -> Iterator
     put(linear, "weight", with_rows(linear.weight))
     if linear.bias is not None:
         put(linear, "bias", with_rows(linear.bias))
-    put(block, "w_uk", rotation.apply(block.w_uk))
-    put(block, "w_uv", rotation.apply(block.w_uv.transpose(1, 2)).transpose(1, 2))
+    put(block, "w_uk", rotation.apply(w_uk))
+    put(block, "w_uv", rotation.apply(w_uv.transpose(1, 2)).transpose(1, 2))
     try:
         yield
     finally:

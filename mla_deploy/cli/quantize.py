@@ -159,12 +159,11 @@ def _calibration(cache: CacheChoices) -> list[str]:
     lines = [table.table(head, rows)]
     measured = [point for point in cache.points if point.is_measured]
     if measured:
-        head = ("all layers", "bytes a token and layer", "KL")
-        rows = [
+        points = [
             (point.name, f"{point.bytes:.1f}", f"{point.kl:.5f}")
             for point in sorted(measured, key=lambda point: point.bytes)
         ]
-        lines += ["", table.table(head, rows)]
+        lines += ["", table.table(("all layers", "bytes a token and layer", "KL"), points)]
         taken = f"{cache.bytes_per_layer:.1f} of {cache.budget:g} bytes a token and layer"
         lines += ["", table.pairs([("budget", taken)])]
     return lines

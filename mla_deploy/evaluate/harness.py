@@ -6,6 +6,7 @@ of one's own, whose data may be local files: then nothing is fetched.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -138,7 +139,7 @@ def _adapter(model: TextGenerator, journal: Journal, progress: Progress | None) 
             found = []
             for request in requests:
                 key = f"{kind} {request.args!r}"
-                found.append(journal.item(key, lambda r=request: one(r.args)))
+                found.append(journal.item(key, functools.partial(one, request.args)))
                 self._done += 1
                 if progress is not None:
                     progress(len(found), len(requests), f"{request.task_name or ''} {kind}")

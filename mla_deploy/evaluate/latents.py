@@ -12,6 +12,7 @@ import torch
 from mla_deploy.cache import cache_record, pages_for
 from mla_deploy.config import load_config
 from mla_deploy.model import cache_parts, empty_cache, load_model
+from mla_deploy.modules.attention import LatentAttention
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,15 @@ def score_latents(path: Path, ids: Sequence[int]) -> list[LayerCacheScore]:
     """
     config = load_config(path)
     recipe = config.recipe
-    layers = config.num_hidden_layers
     exact = replace(
         recipe,
         cache_format="fp32",
         layers=tuple(replace(layer, cache_format="fp32") for layer in recipe.layers),
     )
     model = load_model(path)
-    for layer in model.layers:
-        layer.self_attn.cache_format = "fp32"
+    for block in model.modules():
+        if isinstance(block, LatentAttention):
+            block.cache_format = "fp32"
     bare = replace(config, recipe=exact)
     pages = pages_for(len(ids))
     table = torch.arange(1, pages + 1).unsqueeze(0)
@@ -78,5 +79,4 @@ def score_latents(path: Path, ids: Sequence[int]) -> list[LayerCacheScore]:
                 10 * math.log10(energy / noise) if noise else None,
             )
         )
-    assert len(scores) == layers
     return scores

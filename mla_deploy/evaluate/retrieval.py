@@ -8,6 +8,7 @@ passed trials does.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -244,7 +245,7 @@ def _score(
     sums = []
     for which, scorer in enumerate(scorers):
         results = [
-            journal.item(f"{key} {number} {which}", lambda s=scorer, t=trial: answer(s, t))
+            journal.item(f"{key} {number} {which}", functools.partial(answer, scorer, trial))
             for number, trial in enumerate(trials)
         ]
         passed = sum(one["passed"] for one in results) / len(results)

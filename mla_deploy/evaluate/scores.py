@@ -133,8 +133,8 @@ def evaluate(
         )
     journal = journal or Journal()
     parts: list[_WindowScores] = []
-    for part in windows(corpus, window, stride):
-        part = part.scored_from(score_from)
+    for whole in windows(corpus, window, stride):
+        part = whole.scored_from(score_from)
         if part is None:
             continue
 
@@ -200,17 +200,16 @@ class _Rows:
 
     def where(self, chosen: npt.NDArray[np.bool_]) -> _Rows:
         """Those of some tokens."""
+
+        def some(values: Floats) -> Floats:
+            return values[chosen] if len(values) else values
+
         return _Rows(
-            *(
-                values[chosen] if len(values) else values
-                for values in (
-                    self.seen,
-                    self.nats,
-                    self.reference_nats,
-                    self.divergence,
-                    self.agreement,
-                )
-            )
+            self.seen[chosen],
+            self.nats[chosen],
+            some(self.reference_nats),
+            some(self.divergence),
+            some(self.agreement),
         )
 
 
@@ -250,11 +249,11 @@ def _by_position(rows: _Rows) -> Iterator[PositionScores]:
                 last=min(last, longest),
                 tokens=len(part.nats),
                 perplexity=_perplexity(part.nats),
-                reference_perplexity=compared and compared.reference_perplexity,
-                kl_mean=compared and compared.kl_mean,
-                kl_median=compared and compared.kl_median,
-                kl_p99=compared and compared.kl_p99,
-                top1_agreement=compared and compared.top1_agreement,
+                reference_perplexity=None if compared is None else compared.reference_perplexity,
+                kl_mean=None if compared is None else compared.kl_mean,
+                kl_median=None if compared is None else compared.kl_median,
+                kl_p99=None if compared is None else compared.kl_p99,
+                top1_agreement=None if compared is None else compared.top1_agreement,
             )
         first = last + 1
 
