@@ -54,6 +54,9 @@ class QuantizeOptions:
     """The input table. Default: `fp16`, or `none` where weights are `none`."""
     lm_head: Weights | None = None
     """The output matrix. Default: `int8`, or `none` where weights are `none`."""
+    feedback: bool = False
+    """Pass the rounding error of each column of a matrix on to those that follow; needs a
+    calibration. Not for experts and the input table."""
     rotate: bool | None = None
     """Rotate the latent. Default: as the calibration says, or without one where the cache is
     quantised to whole numbers."""
@@ -66,6 +69,18 @@ class QuantizeOptions:
                 f"{'with' if self.kv_budget else 'without'} --kv-budget",
                 allowed="both",
                 hint="for instance: --kv auto --kv-budget 360 --calibration TEXT",
+            )
+        if self.feedback and not self.calibration:
+            raise UsageError(
+                "error feedback needs the inputs of the matrices, from a calibration",
+                found="--feedback without --calibration",
+                hint="give --calibration TEXT",
+            )
+        if self.feedback and self.weights == "none" and self.chosen("lm_head") == "none":
+            raise UsageError(
+                "error feedback is for matrices that are quantised",
+                found="--feedback with --weights none",
+                hint="leave one of them out",
             )
         if self.kv_budget is not None and self.kv != AUTO:
             raise UsageError(

@@ -17,6 +17,7 @@ from mla_deploy.modules.attention import LatentAttention
 from mla_deploy.modules.base import checkpoint_shapes
 from mla_deploy.modules.decoder import Decoder
 from mla_deploy.packing import SUFFIXES
+from mla_deploy.quant.feedback import quantize_with_feedback
 from mla_deploy.quant.fold import LatentRotation, fold_kv_a, fold_kv_b
 from mla_deploy.quant.hqq_source import HqqCheckpoint
 from mla_deploy.quant.options import Matrix, matrices
@@ -29,6 +30,9 @@ _DERIVED = "rotary_emb.inv_freq"
 """Buffers that old checkpoints hold; they follow from config.json."""
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
+Moments = Callable[[str], torch.Tensor | None]
+UNFED = frozenset({"experts", "embedding"})
+"""Kinds of matrices without error feedback: a table has no inputs, an expert sees few."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,11 @@ class Step:
         """Numbers in the source tensor."""
         return torch.Size(self.shape).numel()
 
-    def run(self, checkpoint: Checkpoint) -> Outcome:
+    def run(self, checkpoint: Checkpoint, moments: Moments | None = None) -> Outcome:
         """Read, transform, quantise.
+
+        Args:
+            moments: of the inputs of matrices, for error feedback.
 
         Raises:
             CheckpointError: as `Checkpoint.read`, or values too large for the output's type.
@@ -87,8 +94,12 @@ class Step:
             tensor = self.transform(tensor)
         if self.weight_format is None:
             return Outcome({self.target: self._converted(tensor)})
+        inputs = None if moments is None or self.kind in UNFED else moments(self.target)
         try:
-            matrix = quantize_matrix(tensor, self.weight_format)
+            if inputs is None:
+                matrix = quantize_matrix(tensor, self.weight_format)
+            else:
+                matrix = quantize_with_feedback(tensor, inputs, self.weight_format)
         except CheckpointError as error:
             error.what = f"{self.source}: {error.what}"
             raise

@@ -29,9 +29,10 @@ from mla_deploy.quant.cache_choice import (
     save_choices,
 )
 from mla_deploy.quant.calibrate import CalibrationText
+from mla_deploy.quant.feedback import measure_moments, moments_of, remove_moments
 from mla_deploy.quant.hqq_source import open_source, options_of_source
 from mla_deploy.quant.options import QuantizeOptions, recipe_for
-from mla_deploy.quant.plan import Outcome, Plan, Step, make_plan
+from mla_deploy.quant.plan import Moments, Outcome, Plan, Step, make_plan
 from mla_deploy.quant.workspace import workspace
 from mla_deploy.recipe import RECIPE_KEY, Recipe
 
@@ -170,11 +171,16 @@ def quantize_checkpoint(
             choices = _calibrate(source, folder, config, text, options, progress)
             recipe = recipe_for(config, options, choices)
             plan = make_plan(checkpoint, replace(config, recipe=recipe), choices.rotations)
-        run = _Run(checkpoint, plan, folder, progress)
+        moments = None
+        if text is not None and options.feedback:
+            measure_moments(source, folder, config, text, progress)
+            moments = moments_of(folder, config)
+        run = _Run(checkpoint, plan, folder, progress, moments)
         run.weights()
         raw_config.pop("quantization_config", None)  # the source's, which is the recipe's now
         _write_companions(source, folder, {**raw_config, RECIPE_KEY: recipe.to_json()})
         remove_axes(folder)
+        remove_moments(folder)
     return QuantizeReport(
         recipe=recipe,
         source_bytes=_source_bytes(checkpoint, plan),
@@ -213,6 +219,7 @@ class _Run:
     plan: Plan
     folder: Path
     progress: Progress | None
+    moments: Moments | None
     kinds: dict[str, KindReport] = field(default_factory=dict)
     resumed_bytes: int = 0
 
@@ -229,7 +236,7 @@ class _Run:
             if writer.is_done(step.outputs[0]):
                 self._count(step, *known_errors.get(step.target, (0.0, 0.0)))
             else:
-                outcome = step.run(self.checkpoint)
+                outcome = step.run(self.checkpoint, self.moments)
                 self._count(step, outcome.squared_error, outcome.squared_sum)
                 _append_error(errors_file, step, outcome)
                 writer.add_all(outcome.tensors)

@@ -42,6 +42,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+CALIBRATION_FILE = "calibration.json"
+"""What `quantize` measured; `eval --report` draws it."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,10 @@ def require_tokenizer(source: Path) -> None:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> list[str]:
-    """Copy tokenizer, chat template and generation config; gives the names that were there."""
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    """Copy tokenizer, chat template, generation config, and what a calibration measured; gives the
+    names that were there."""
+    wanted = (*TOKENIZER_FILES, CALIBRATION_FILE)
+    names = [name for name in wanted if (source / name).is_file()]
     for name in names:
         shutil.copyfile(source / name, folder / name)
     return names

@@ -70,6 +70,11 @@ KINDS = {
     help="Output matrix: int4, int8 or none. Default: int8, or none where weights are none.",
 )
 @click.option(
+    "--feedback",
+    is_flag=True,
+    help="With --calibration: pass rounding errors on (GPTQ). Better int4 matrices, more time.",
+)
+@click.option(
     "--rotate/--no-rotate",
     default=None,
     help="Rotate the latent before it is cached. Default: as the calibration says, or else for "

@@ -53,6 +53,9 @@ def test_formats_by_layer_reach_the_bundle(
     assert len(set(formats)) > 1
     manifest = json.loads((mixed_bundle / "manifest.json").read_text())
     assert [layer["format"] for layer in manifest["cache"]["layers"]] == formats
+    assert (mixed_bundle / "calibration.json").read_bytes() == (
+        calibrated / "calibration.json"
+    ).read_bytes()
     inspected = values_of("inspect", mixed_bundle)
     assert inspected["cache_format"] == "+".join(sorted(set(formats)))
     assert values_of("inspect", calibrated)["cache_format"] == inspected["cache_format"]

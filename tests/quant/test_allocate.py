@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mla_deploy.cache import cache_record
 from mla_deploy.errors import UsageError
 from mla_deploy.quant.allocate import Choice, allocate, cheapest, steps
 
@@ -63,3 +64,24 @@ def test_a_budget_below_the_minimum_says_the_minimum() -> None:
     assert error.value.found == "231 bytes"
     assert error.value.allowed is not None
     assert error.value.allowed.startswith("232 bytes")
+
+
+@pytest.mark.parametrize(
+    ("budget", "format_at_least"), [(232, "int2"), (300, "int3"), (400, "int4")]
+)
+def test_budgets_of_a_real_geometry(budget: int, format_at_least: str) -> None:
+    """Rank 512, rope 64, 27 layers whose sensitivity falls; losses fall fourfold a bit."""
+    names = ("int2", "int3", "int4", "int4-g32", "int8", "fp16")
+    losses = (0.5, 0.12, 0.03, 0.02, 1e-4, 1e-6)
+    sizes = [cache_record(name).bytes_per_token(512, 64) for name in names]
+    items = [
+        [Choice(n, c, x / (1 + layer)) for n, c, x in zip(names, sizes, losses, strict=True)]
+        for layer in range(27)
+    ]
+    found = allocate(items, budget * 27)
+    assert found.cost <= budget * 27
+    uniform = names.index(format_at_least)
+    assert found.loss <= sum(choices[uniform].loss for choices in items)
+    if budget > 232:
+        assert found.loss < sum(choices[uniform].loss for choices in items)
+        assert len(set(found.chosen)) > 1
