@@ -102,20 +102,6 @@ def _adapter(model: TextGenerator, journal: Journal, progress: Progress | None) 
     class Adapter(LM):  # type: ignore[misc]
         """Requests in text, answered with the scorer's own tokenizer."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self._done = 0
-
-        @property
-        def tokenizer_name(self) -> str:
-            return model.name.replace("/", "__")
-
-        def apply_chat_template(
-            self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-        ) -> str:
-            ids = model.tokenizer.encode_chat(chat_history)
-            return model.tokenizer.decode(ids, skip_special_tokens=False)
-
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             def one(arguments: tuple[str, str]) -> list[float]:
                 return _likelihood(model, *_split(model, *arguments))
@@ -140,7 +126,6 @@ def _adapter(model: TextGenerator, journal: Journal, progress: Progress | None) 
             for request in requests:
                 key = f"{kind} {request.args!r}"
                 found.append(journal.item(key, functools.partial(one, request.args)))
-                self._done += 1
                 if progress is not None:
                     progress(len(found), len(requests), f"{request.task_name or ''} {kind}")
             return found
