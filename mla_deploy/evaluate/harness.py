@@ -53,7 +53,6 @@ def run_tasks(
         os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")
     try:
         import lm_eval
-        from lm_eval.tasks import TaskManager
     except ImportError:
         raise UsageError(
             "lm-evaluation-harness is not installed", hint="pip install 'mla-deploy[eval]'"
@@ -62,14 +61,7 @@ def run_tasks(
         raise UsageError(
             "the folder of task files does not exist", found=task_path, hint="give another one"
         )
-    manager = TaskManager(include_path=None if task_path is None else str(task_path))
-    unknown = [name for name in tasks if not manager.match_tasks([name])]
-    if unknown:
-        raise UsageError(
-            "the harness has no such task",
-            found=", ".join(unknown),
-            hint="`lm-eval ls tasks` lists its own; --task-path names a folder of yours",
-        )
+    manager = _manager(tasks, task_path)
     adapter = _adapter(model, journal or Journal(), progress)
     try:
         results = lm_eval.simple_evaluate(
@@ -94,6 +86,24 @@ def run_tasks(
         }
         for name, found in results["results"].items()
     }
+
+
+def _manager(tasks: Sequence[str], task_path: Path | None) -> Any:
+    """Finds tasks; the harness's own are read only if they are wanted, since they are thousands."""
+    from lm_eval.tasks import TaskManager
+
+    path = None if task_path is None else str(task_path)
+    unknown = list(tasks)
+    for with_own in (False, True) if path else (True,):
+        manager = TaskManager(include_path=path, include_defaults=with_own)
+        unknown = [name for name in tasks if not manager.match_tasks([name])]
+        if not unknown:
+            return manager
+    raise UsageError(
+        "the harness has no such task",
+        found=", ".join(unknown),
+        hint="`lm-eval ls tasks` lists its own; --task-path names a folder of yours",
+    )
 
 
 def _adapter(model: TextGenerator, journal: Journal, progress: Progress | None) -> Any:

@@ -63,7 +63,6 @@ def folder(tmp_path: Path, scorer: TorchScorer, monkeypatch: pytest.MonkeyPatch)
     return tmp_path
 
 
-@pytest.mark.slow
 def test_tasks_with_local_files(folder: Path, scorer: TorchScorer) -> None:
     journal = Journal(folder / "journal.jsonl", {})
     tasks = ["local_choice", "local_say"]
@@ -81,6 +80,10 @@ def test_tasks_with_local_files(folder: Path, scorer: TorchScorer) -> None:
         Dead(), tasks, task_path=folder, offline=True, journal=Journal(folder / "journal.jsonl", {})
     )
     assert again["local_choice"]["acc,none"] == 0.5
+
+
+@pytest.mark.slow
+def test_an_unknown_task(folder: Path, scorer: TorchScorer) -> None:
     with pytest.raises(UsageError, match="no such task") as error:
         run_tasks(scorer, ["local_choice", "no_such_task"], task_path=folder, offline=True)
     assert error.value.found == "no_such_task"
