@@ -1,6 +1,7 @@
 """Quality of the cache against other ways of quantising one, on the same model and text.
 
     python benchmarks/cache_peers.py [MODEL] TEXT [--prefix 1024] [--chunk 128] [--length 2048]
+        [--calibration TEXT] [--only int4]
 
 A prefix is filled in, then the rest of the window chunk by chunk; predictions of the rest are held
 against those with an unquantised cache. Every prediction counted here looks back at a quantised
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ from mla_deploy.config import load_config
 from mla_deploy.evaluate.text import encode_text, read_text
 from mla_deploy.model import load_model
 from mla_deploy.ops import attention
-from mla_deploy.quant.calibrate import WindowRun, rotated
+from mla_deploy.quant.calibrate import CalibrationText, WindowRun, calibrate, rotated
 from mla_deploy.quant.fold import LatentRotation, hadamard_block
 from mla_deploy.tokenizer import Tokenizer
 
+Rotations = Sequence[LatentRotation | None]
+"""Of each layer."""
 Restore = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """c_kv and k_pe [T, width] to what is left of them."""
 
@@ -65,7 +68,7 @@ def ggml(bits: int) -> Restore:
 
 
 def ours(
-    run: WindowRun, restore: Restore | None, rotation: LatentRotation | None, prefix: int
+    run: WindowRun, restore: Restore | None, rotations: Rotations, prefix: int
 ) -> torch.Tensor:
     """Log-probabilities behind the prefix, every token of the cache restored."""
     plain = attention.new_latents
@@ -81,7 +84,7 @@ def ours(
     try:
         state: Any = run.start
         for layer in range(run.config.num_hidden_layers):
-            with rotated(run.attention(layer), rotation):
+            with rotated(run.attention(layer), rotations[layer]):
                 state = run.layer(layer, *state)
         return run.log_probabilities(*state)[prefix:]
     finally:
@@ -111,6 +114,8 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--calibration", type=Path, help="text for the balanced axes")
+    parser.add_argument("--only", default="", help="ways whose name holds this")
     args = parser.parse_args()
 
     config, model = load_config(args.model), load_model(args.model)
@@ -130,14 +135,15 @@ def main() -> None:
             "hqq", peer.config, nbits=bits, axis_key=axis, axis_value=axis, q_group_size=group
         )
 
-    hadamard = LatentRotation(hadamard_block(rank))
+    plain: Rotations = [None] * config.num_hidden_layers
+    hadamard = [LatentRotation(hadamard_block(rank))] * config.num_hidden_layers
     record = cache_record("int4")
     own = record.bytes_per_token(rank, rope)
     size8 = cache_record("int8").bytes_per_token(rank, rope)
     ways: dict[str, tuple[float, Callable[[torch.Tensor, WindowRun], torch.Tensor]]] = {}
 
-    def add(name: str, size: float, restore: Restore, rotation: LatentRotation | None) -> None:
-        ways[name] = size, lambda _, run: ours(run, restore, rotation, args.prefix)
+    def add(name: str, size: float, restore: Restore, rotations: Rotations) -> None:
+        ways[name] = size, lambda _, run: ours(run, restore, rotations, args.prefix)
 
     def add_peer(name: str, size: float, make: Callable[[], Any]) -> None:
         ways[name] = (
@@ -149,9 +155,17 @@ def main() -> None:
     add("int8, hadamard", size8, times(cache_record("int8"), 1), hadamard)
     add("int4, hadamard", own, times(record, 1), hadamard)
     add("int4, hadamard, 16 times", own, times(record, 16), hadamard)
-    add("int4, as it is", own, times(record, 1), None)
-    add("ggml q8_0", (rank + rope) * 34 / 32, ggml(8), None)
-    add("ggml q4_0", (rank + rope) * 18 / 32, ggml(4), None)
+    if args.calibration is not None:
+        text = CalibrationText.read([args.calibration], args.model, config, 1536)
+        _, tried = calibrate(model, config, text, ("int4",), measures_kl=False)
+        balanced = [one["balanced"] for one in tried]
+        add("int4, balanced", own, times(record, 1), balanced)
+        wide = cache_record("int4-g32")
+        add("int4-g32, balanced", wide.bytes_per_token(rank, rope), times(wide, 1), balanced)
+        add("int8, balanced", size8, times(cache_record("int8"), 1), balanced)
+    add("int4, as it is", own, times(record, 1), plain)
+    add("ggml q8_0", (rank + rope) * 34 / 32, ggml(8), plain)
+    add("ggml q4_0", (rank + rope) * 18 / 32, ggml(4), plain)
     add("ggml q4_0, hadamard", (rank + rope) * 18 / 32, ggml(4), hadamard)
     for bits in (8, 4, 2):
         for axis in (0, 1):
@@ -164,10 +178,12 @@ def main() -> None:
     print(f"behind a prefix of {args.prefix}, {args.windows} windows of {args.length}\n")
     print("| cache | bytes | perplexity | KL | p99 | top-1 |\n|---|---|---|---|---|---|")
     exact = [
-        ours(WindowRun(model, config, ids.tolist()), None, None, args.prefix) for ids in windows
+        ours(WindowRun(model, config, ids.tolist()), None, plain, args.prefix) for ids in windows
     ]
     base = _perplexity(exact, windows, args.prefix)
     for name, (size, run_one) in ways.items():
+        if args.only not in name:
+            continue
         found = [run_one(ids, WindowRun(model, config, ids.tolist())) for ids in windows]
         pairs = list(zip(exact, found, strict=True))
         kl = torch.cat([(q.exp() * (q - p)).sum(-1).clamp_min(0) for q, p in pairs])
