@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -57,10 +57,13 @@ class Checkpoint:
         CheckpointError: no weights, a missing shard, or a file that is no safetensors.
     """
 
+    readable_quantization: ClassVar[frozenset[str | None]] = frozenset({None})
+    """Whose quantised weights this class can read: `quant_method` in config.json."""
+
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.config: MlaConfig = load_config(self.path)
-        if self.config.source_quantization is not None:
+        if self.config.source_quantization not in self.readable_quantization:
             raise CheckpointError(
                 f"{self.path} holds weights that another tool quantised",
                 found=self.config.source_quantization,
@@ -241,7 +244,7 @@ def _weight_files(folder: Path) -> Iterator[Path]:
     if not index.exists():
         single = folder / SINGLE_FILE
         if not single.exists():
-            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
+            pickled = any(any(folder.glob(f"*.{end}")) for end in ("bin", "pth", "pt"))
             raise CheckpointError(
                 f"{folder} holds no weights",
                 found="pickled weights, which are never loaded" if pickled else None,

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from mla_deploy.cache import CachePart, cache_record
+from mla_deploy.cache import CachePart
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
 from mla_deploy.exporters.onnx import ort
@@ -22,6 +22,7 @@ from mla_deploy.exporters.onnx.builder import DTYPES, GraphBuilder
 from mla_deploy.exporters.onnx.translate import Table, Weight, translate
 from mla_deploy.exporters.trace import TensorSpec, Trace, trace
 from mla_deploy.families import family_of
+from mla_deploy.model import cache_parts
 from mla_deploy.modules.base import parameter_sources
 from mla_deploy.modules.decoder import DecoderLayer, Epilogue, Prologue
 
@@ -47,9 +48,6 @@ def build_graph(config: MlaConfig, checkpoint: Checkpoint) -> DecoderGraph:
     builder, functions = GraphBuilder(), AttentionFunctions()
     table = ort.table(functions)
     family = family_of(config.model_type, str(checkpoint.path))
-    parts = cache_record(config.recipe.cache_format).parts(
-        config.kv_lora_rank, config.qk_rope_head_dim
-    )
     hidden = config.hidden_size
     int64 = torch.int64
     values = {
@@ -73,7 +71,7 @@ def build_graph(config: MlaConfig, checkpoint: Checkpoint) -> DecoderGraph:
     values |= {"cos": cos, "sin": sin, "x": x}
 
     traces: dict[tuple[object, ...], Trace] = {}
-    for index in range(config.num_hidden_layers):
+    for index, parts in enumerate(cache_parts(config)):
         layer = family.layer(config, index)
         kind = _kind(layer)
         if kind not in traces:

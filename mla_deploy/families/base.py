@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from dataclasses import replace
 from typing import ClassVar
 
 from torch import nn
@@ -36,6 +37,7 @@ class Family(abc.ABC):
 
     def layer(self, config: MlaConfig, layer: int) -> DecoderLayer:
         """One decoder layer, without storage."""
+        config = replace(config, recipe=config.recipe.of_layer(layer))
         prefix = f"model.layers.{layer}"
         mlp = self.mlp(config, layer, f"{prefix}.mlp")
         return DecoderLayer(config, prefix, mlp, is_first=layer == 0)
