@@ -45,6 +45,9 @@ class RopeConfig:
 
     theta: float
     yarn: YarnScaling | None
+    inv_freq: tuple[tuple[float, ...], ...] | None = None
+    """Radians a position of each pair, layer by layer, where layers differ; then `theta` and `yarn`
+    say nothing."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,13 @@ class MlaConfig:
     source_quantization: str | None
     """The `quant_method` of weights that somebody else quantised; they cannot be read yet."""
     recipe: Recipe = field(default_factory=Recipe)
+    has_latent_norm: bool = True
+    """Whether c_kv is normalised before it is cached."""
+    query_bias: bool = False
+    """Whether `q_proj` has a bias too, where `attention_bias` gives the others one."""
+    qk_norm_groups: int | None = None
+    """Key heads of a model that normalises queries and keys by head before its rotary positions,
+    as Qwen3 does; None: no such norms."""
 
     def __post_init__(self) -> None:
         sizes = (

@@ -167,7 +167,8 @@ def _transforms(
         up = module.sources["w_uk"]
         assert isinstance(up, UpProjection)
         prefix = up.kv_b_proj.name.removesuffix("kv_b_proj.weight")
-        gamma_name = f"{prefix}kv_a_layernorm.weight" if recipe.gamma_folded else None
+        has_gamma = recipe.gamma_folded and config.has_latent_norm
+        gamma_name = f"{prefix}kv_a_layernorm.weight" if has_gamma else None
 
         def fold_b(tensor: torch.Tensor, gamma_name: str | None = gamma_name) -> torch.Tensor:
             gamma = None if gamma_name is None else checkpoint.read(gamma_name, (rank,))
