@@ -22,7 +22,8 @@ from mla_deploy.families.converted import PROVENANCE_KEY
 from mla_deploy.output import check_output, check_space, writing
 from mla_deploy.quant.compress.calibration import Windows, windows_from_model, windows_from_text
 from mla_deploy.quant.compress.geometry import Geometry, candidates
-from mla_deploy.quant.compress.layer import load_layer
+from mla_deploy.quant.compress.heal import Curve, HealPlan, Student, distil, match_layer
+from mla_deploy.quant.compress.layer import LatentWeights, Weights, load_layer
 from mla_deploy.quant.compress.layout import (
     attention_tensors,
     config_json,
@@ -31,7 +32,9 @@ from mla_deploy.quant.compress.layout import (
 )
 from mla_deploy.quant.compress.methods import LayerTask, Steps, convert_layer
 from mla_deploy.quant.compress.options import SELF, ConvertOptions
-from mla_deploy.quant.compress.report import ConversionReport, LayerReport, write_report
+from mla_deploy.quant.compress.partial import Partial
+from mla_deploy.quant.compress.report import ConversionReport, LayerReport, write_json
+from mla_deploy.quant.compress.report_page import write_page
 from mla_deploy.quant.compress.source import Source
 from mla_deploy.quant.compress.streams import SourceLayer, Streams, advance, carry, score
 from mla_deploy.quant.quantize import COMPANIONS
@@ -41,8 +44,8 @@ Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and what is being done."""
 
 DEFAULT_WINDOW = 512
-_LAYERS_FILE = "layers.jsonl"
-_GEOMETRY_FILE = "geometry.json"
+DEFAULT_HEAL_TOKENS = 1 << 20
+MIN_WINDOW = 16
 _PILOT_TOKENS = 4096
 _PILOT = Steps(folds=(1,), gammas=(1.0,))
 """Sizes are compared by the first candidate of each layer."""
@@ -77,10 +80,12 @@ def convert_checkpoint(
     sizes = candidates(opened.config, options)
     check_output(opened.path, out, _is_ours, force=force)
     windows = calibration_windows(opened, options)
+    healing = _heal_plan(opened, options)
     with workspace(out, _job(opened, options)) as folder:
-        run = _Run(opened, options, sizes, windows, folder, progress)
+        run = _Run(opened, options, sizes, windows, healing, folder, progress)
         report = dataclasses.replace(run.all(), seconds=time.monotonic() - started)
-        write_report(report, folder)
+        write_json(report, folder)
+        write_page(report, folder)
     return report
 
 
@@ -90,17 +95,54 @@ def calibration_windows(source: Source, options: ConvertOptions) -> Windows | No
     Raises:
         UsageError: too little text, or a window that does not fit.
     """
+    length = _window(source, options)
     if options.no_calibration:
         return None
-    context = source.config.max_position_embeddings
-    length = options.window or min(DEFAULT_WINDOW, context)
-    if not 16 <= length <= context:
-        raise UsageError(
-            "the window is out of range", found=length, allowed=f"16 to {context}, the context"
-        )
     if options.calibration == (SELF,):
         return windows_from_model(source, length, options.tokens, options.seed)
     return windows_from_text(source, options.texts, length, options.tokens, options.seed)
+
+
+def _window(source: Source, options: ConvertOptions) -> int:
+    context = source.config.max_position_embeddings
+    length = options.window or min(DEFAULT_WINDOW, context)
+    if not MIN_WINDOW <= length <= context:
+        raise UsageError(
+            "the window is out of range",
+            found=length,
+            allowed=f"{MIN_WINDOW} to {context}, the context",
+        )
+    return length
+
+
+def _heal_plan(source: Source, options: ConvertOptions) -> HealPlan | None:
+    """How to heal, if that is asked for.
+
+    Raises:
+        UsageError: too little text, or a device that is not there.
+    """
+    if not options.heal:
+        return None
+    device = options.device or "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"the device {device} cannot be used",
+            found=str(error).splitlines()[0],
+            allowed="cpu, or cuda where torch finds a GPU",
+        ) from None
+    texts = [Path(name) for name in options.heal]
+    tokens = options.heal_tokens or DEFAULT_HEAL_TOKENS
+    windows = windows_from_text(source, texts, _window(source, options), tokens, options.seed)
+    return HealPlan(
+        windows=windows.fitted,
+        match_tokens=tokens,
+        distil_tokens=tokens,
+        seed=options.seed,
+        device=device,
+        precision=options.precision or "fp32",
+    )
 
 
 class _Run:
@@ -112,6 +154,7 @@ class _Run:
         options: ConvertOptions,
         sizes: list[Geometry],
         windows: Windows | None,
+        healing: HealPlan | None,
         folder: Path,
         progress: Progress | None,
     ) -> None:
@@ -120,80 +163,115 @@ class _Run:
         self.sizes = sizes
         self.geometry = sizes[0]
         self.dtype = _DTYPES[source.info("model.embed_tokens.weight").dtype]
-        self.is_piloted = len(sizes) > 1 and windows is not None
-        layers = self.config.num_hidden_layers
-        self.total_steps = layers * (2 if self.is_piloted else 1) + 2
+        self.layers = self.config.num_hidden_layers
+        self.healing = healing
+        self.partial = Partial(folder)
+        self.writer = ShardWriter(folder)
+        is_piloted = len(sizes) > 1 and windows is not None
+        rounds = 1 + is_piloted + (healing is not None)
+        self.total_steps = self.layers * rounds + 2
         self.done_steps = 0
 
     def all(self) -> ConversionReport:
-        """Choose the size, convert the layers, and compare."""
+        """Choose the size, convert the layers, heal, and compare."""
         self.geometry = self._choose_geometry()
-        writer = ShardWriter(self.folder)
         check_space(self.folder, sum(info.bytes for info in self.source.tensors.values()))
-        self._copy(writer, _outer_names(self.source))
+        self._copy(_outer_names(self.source))
+        self.writer.flush()
         self._step(1, "embedding")
-        streams, first = self._resume(writer)
-        reports = self._layer_reports()[:first]
+        streams, first = self._start()
         self._step(first, "layers done before")
-        for index in range(first, self.config.num_hidden_layers):
-            reports.append(self._layer(index, writer, streams))
+        for index in range(first, self.layers):
+            self._layer(index, streams)
             self._step(1, f"layer {index}")
-        writer.finish()
+        curve = None if self.healing is None else self._distil(streams)
+        self.writer.finish()
         held_out = None
         if streams is not None and self.windows is not None:
-            held_out = score(
-                self.source, streams.held_out, streams.converted, self.windows.held_out
-            )
+            ids = self.windows.held_out
+            held_out = score(self.source, streams.held_out, streams.converted, ids)
         self._step(1, "comparison")
+        reports = self.partial.reports()
         self._write_config(reports)
-        for name in (_LAYERS_FILE, _GEOMETRY_FILE, self._state(len(reports)).name):
-            (self.folder / name).unlink(missing_ok=True)
+        self.partial.clear()
         return ConversionReport(
             options=self.options,
             source=self.config,
             geometry=self.geometry,
             layers=tuple(reports),
             held_out=held_out,
+            distillation=curve,
             calibration_tokens=0 if self.windows is None else self.windows.fitted.numel(),
             resumed_layers=first,
             seconds=0.0,
         )
 
-    def _layer(self, index: int, writer: ShardWriter, streams: Streams | None) -> LayerReport:
-        """Convert one layer; its shard, its report and the streams are then on the disk."""
+    def _layer(self, index: int, streams: Streams | None) -> None:
+        """Convert one layer; when this returns, all that is known of it is on the disk."""
         layer = SourceLayer(self.config, index, load_layer(self.source, index))
+        inputs = None
+        if streams is not None and self.healing is not None:
+            inputs = streams.fitted.clone()
         task = self._task(layer, None if streams is None else streams.fitted)
         conversion = convert_layer(task(self.geometry), self.options.method)
-        error = math.nan if streams is None else advance(layer, streams, conversion.weights)
-        report = LayerReport(
-            layer=index,
-            rope_loss=conversion.rope_loss,
-            rank_loss=conversion.rank_loss,
-            output_error=error,
-            choices=conversion.choices,
-            inv_freq=tuple(conversion.weights.inv_freq.tolist()),
+        latent, curve = conversion.weights, None
+        if inputs is not None and self.healing is not None:
+            latent, curve = match_layer(layer, inputs, latent, self.healing)
+        error = math.nan if streams is None else advance(layer, streams, latent)
+        self.partial.keep_report(
+            LayerReport(
+                layer=index,
+                rope_loss=conversion.rope_loss,
+                rank_loss=conversion.rank_loss,
+                output_error=error,
+                choices=conversion.choices,
+                inv_freq=tuple(latent.inv_freq.tolist()),
+                latent_power=conversion.latent_power,
+                match=curve,
+            )
         )
-        with writing(self.folder), (self.folder / _LAYERS_FILE).open("a") as handle:
-            # A new line first: a kill may have cut off the last one.
-            handle.write("\n" + json.dumps(dataclasses.asdict(report)))
-        attention = attention_tensors(
-            self.config,
-            self.geometry,
-            layer.weights,
-            conversion.weights,
-            self.options.layout,
-            conversion.latent_power,
-        )
-        prefix = f"model.layers.{index}."
-        if not writer.is_done(f"{prefix}self_attn.o_proj.weight"):
-            tensors = {prefix + name: x.to(self.dtype) for name, x in attention.items()}
-            tensors |= {name: self.source.read(name).clone() for name in unchanged_names(index)}
-            writer.add_all(tensors)
-            writer.flush()
+        if self.healing is None:
+            self._write_attention(index, layer.weights, latent, conversion.latent_power)
+        else:
+            self.partial.keep_student(index, Student(latent, {}))
+        self._copy(unchanged_names(index))
+        self.writer.flush()
         if streams is not None:
-            streams.save(self._state(index + 1))
-            self._state(index).unlink(missing_ok=True)
-        return report
+            self.partial.keep_streams(streams, index + 1)
+
+    def _distil(self, streams: Streams | None) -> Curve:
+        """Heal the whole model, write its attention, and take the held-out windows through it."""
+        assert self.healing is not None
+        plan = self.healing
+        before = self.done_steps
+
+        def progress(done: int, total: int) -> None:
+            share = self.layers * done // total
+            self._step(before + share - self.done_steps, f"distillation, step {done} of {total}")
+
+        latents = [self.partial.student(index).latent for index in range(self.layers)]
+        students, curve = distil(self.source, latents, plan, self.partial.distillation, progress)
+        if streams is not None and self.windows is not None:
+            streams.converted = Streams.start(self.source, self.windows).held_out
+        reports = self.partial.reports()
+        for index, student in enumerate(students):
+            weights = {**load_layer(self.source, index), **student.projections}
+            if streams is not None:
+                carry(SourceLayer(self.config, index, weights), streams.converted, student.latent)
+            self._write_attention(index, weights, student.latent, reports[index].latent_power)
+            self.writer.flush()
+        return curve
+
+    def _write_attention(
+        self, index: int, weights: Weights, latent: LatentWeights, latent_power: float
+    ) -> None:
+        prefix = f"model.layers.{index}."
+        if self.writer.is_done(f"{prefix}self_attn.o_proj.weight"):
+            return
+        tensors = attention_tensors(
+            self.config, self.geometry, weights, latent, self.options.layout, latent_power
+        )
+        self.writer.add_all({prefix + name: x.to(self.dtype) for name, x in tensors.items()})
 
     def _task(
         self, layer: SourceLayer, fitted: torch.Tensor | None
@@ -229,19 +307,15 @@ class _Run:
 
         The choice is kept beside the layers, so that a resumed run makes the same.
         """
-        if len(self.sizes) == 1:
-            return self.sizes[0]
-        if self.windows is None:
+        if self.windows is None or len(self.sizes) == 1:
             return self.sizes[len(self.sizes) // 2]
-        layers = self.config.num_hidden_layers
-        file = self.folder / _GEOMETRY_FILE
-        if file.exists():
-            self._step(layers, "size chosen before")
-            return Geometry(**read_json_object(file))
+        if (before := self.partial.geometry()) is not None:
+            self._step(self.layers, "size chosen before")
+            return before
         ids = self.windows.fitted[: max(1, _PILOT_TOKENS // self.windows.fitted.shape[1])]
         fitted = self.source.read("model.embed_tokens.weight")[ids].float()
         converted = [fitted.clone() for _ in self.sizes]
-        for index in range(layers):
+        for index in range(self.layers):
             layer = SourceLayer(self.config, index, load_layer(self.source, index))
             task = self._task(layer, fitted)
             for size, h in zip(self.sizes, converted, strict=True):
@@ -250,44 +324,20 @@ class _Run:
             self._step(1, f"sizes tried, layer {index}")
         losses = [score(self.source, fitted, h, ids).converted_loss for h in converted]
         chosen = self.sizes[min(range(len(losses)), key=losses.__getitem__)]
-        with writing(self.folder):
-            temporary = self.folder / f".{_GEOMETRY_FILE}.tmp"
-            temporary.write_text(json.dumps(dataclasses.asdict(chosen)))
-            temporary.rename(file)
+        self.partial.keep_geometry(chosen)
         return chosen
 
-    def _resume(self, writer: ShardWriter) -> tuple[Streams | None, int]:
+    def _start(self) -> tuple[Streams | None, int]:
         """The streams in front of the first layer to do, and that layer's number."""
-        layers = self.config.num_hidden_layers
         if self.windows is None:
-            done = [writer.is_done(unchanged_names(layer)[0]) for layer in range(layers)]
-            return None, sum(done)
-        for first in range(layers, 0, -1):
-            if self._state(first).exists():
-                return Streams.load(self._state(first)), first
-        return Streams.start(self.source, self.windows), 0
+            names = (unchanged_names(layer)[0] for layer in range(self.layers))
+            return None, sum(self.writer.is_done(name) for name in names)
+        return self.partial.streams(self.layers) or (Streams.start(self.source, self.windows), 0)
 
-    def _state(self, first: int) -> Path:
-        return self.folder / f"streams-{first:05d}.safetensors"
-
-    def _layer_reports(self) -> list[LayerReport]:
-        """Of the layers that an earlier run converted, in order, the last word on each."""
-        file = self.folder / _LAYERS_FILE
-        found: dict[int, LayerReport] = {}
-        for line in file.read_text().splitlines() if file.exists() else ():
-            try:
-                raw = json.loads(line)
-            except ValueError:
-                continue
-            raw["inv_freq"] = tuple(raw["inv_freq"])
-            found[raw["layer"]] = LayerReport(**raw)
-        return [found[layer] for layer in sorted(found)]
-
-    def _copy(self, writer: ShardWriter, names: list[str]) -> None:
+    def _copy(self, names: list[str]) -> None:
         for name in names:
-            if not writer.is_done(name):
-                writer.add(name, self.source.read(name).clone())
-        writer.flush()
+            if not self.writer.is_done(name):
+                self.writer.add(name, self.source.read(name).clone())
 
     def _write_config(self, reports: list[LayerReport]) -> None:
         provenance = {
@@ -332,7 +382,8 @@ def _is_ours(out: Path) -> bool:
 
 def _job(source: Source, options: ConvertOptions) -> dict[str, Any]:
     """What must be equal for a repeated run to go on with the work of another."""
-    files = sorted({info.file for info in source.tensors.values()} | set(options.texts))
+    texts = {*options.texts, *map(Path, options.heal)}
+    files = sorted({info.file for info in source.tensors.values()} | texts)
     seen = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
     text = json.dumps([seen, source.raw_config], sort_keys=True)
     return {

@@ -13,7 +13,7 @@ the error of the scores over all queries, and of the output over all values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -80,55 +80,68 @@ def covariance(basis: Basis, moments: Moments, *, centred: bool) -> torch.Tensor
     return to_y @ full @ to_y.T
 
 
-def solve_latent(
-    basis: Basis, cov: torch.Tensor, gamma_k: torch.Tensor, gamma_v: torch.Tensor, rank: int
-) -> Latent:
-    """The best latent of `rank` numbers.
+class LatentProblem:
+    """Which latent holds y = [k_c; v] best, in a metric; solved for several weights of the values.
 
     Shapes: cov [n + G d, n + G d], gamma_k [n, n], gamma_v [G d, G d].
     """
-    n = basis.free_k.shape[0]
-    root_k, inverse_k = _roots(gamma_k)
-    root_v, inverse_v = _roots(gamma_v)
-    root = torch.block_diag(root_k, root_v)
-    variance, u = torch.linalg.eigh(root @ cov @ root)
-    variance, u = variance.flip(0).clamp_min(0), u.flip(1)[:, :rank]
-    # The numbers of a latent are about 1, whatever the scales of keys and values.
-    size = float(variance[:rank].mean().sqrt()) or 1.0
-    total = float(variance.sum()) or 1.0
-    return Latent(
-        down_k=u[:n].T @ root_k @ basis.free_k / size,
-        down_v=u[n:].T @ root_v / size,
-        up_k=inverse_k @ u[:n] * size,
-        up_v=inverse_v @ u[n:] * size,
-        rank_loss=float(variance[rank:].sum()) / total,
-    )
+
+    def __init__(
+        self, basis: Basis, cov: torch.Tensor, gamma_k: torch.Tensor, gamma_v: torch.Tensor
+    ) -> None:
+        self._free_k = basis.free_k
+        self._root_k, self._inverse_k = _roots(gamma_k)
+        self._root_v, self._inverse_v = _roots(gamma_v)
+        root = torch.block_diag(self._root_k, self._root_v)
+        self._weighted = root @ cov @ root
+        n = len(gamma_k)
+        of_keys, of_values = self._weighted[:n, :n].trace(), self._weighted[n:, n:].trace()
+        self._equal_traces = float(of_keys / of_values) if of_keys > 0 < of_values else 1.0
+
+    def solve(self, rank: int, gamma: float = 1.0, *, balanced: bool = True) -> Latent:
+        """The best latent of `rank` numbers.
+
+        Args:
+            gamma: weight of the values' errors.
+            balanced: relative to the weight at which keys and values count the same.
+        """
+        n = len(self._root_k)
+        factor = (gamma * (self._equal_traces if balanced else 1.0)) ** 0.5
+        scale = torch.ones(len(self._weighted), dtype=self._weighted.dtype)
+        scale[n:] = factor
+        variance, u = torch.linalg.eigh(scale.unsqueeze(1) * self._weighted * scale)
+        variance, u = variance.flip(0).clamp_min(0), u.flip(1)[:, :rank]
+        # The numbers of a latent are about 1, whatever the scales of keys and values.
+        size = float(variance[:rank].mean().sqrt()) or 1.0
+        total = float(variance.sum()) or 1.0
+        return Latent(
+            down_k=u[:n].T @ self._root_k @ self._free_k / size,
+            down_v=u[n:].T @ self._root_v * (factor / size),
+            up_k=self._inverse_k @ u[:n] * size,
+            up_v=self._inverse_v @ u[n:] * (size / factor),
+            rank_loss=float(variance[rank:].sum()) / total,
+        )
+
+
+def unweighted(basis: Basis, cov: torch.Tensor) -> LatentProblem:
+    """All errors count the same."""
+    n = len(basis.free_k)
+    identity = torch.eye(len(cov), dtype=cov.dtype)
+    return LatentProblem(basis, cov, identity[:n, :n], identity[n:, n:])
 
 
 def split_latent(basis: Basis, cov: torch.Tensor, rank: int) -> Latent:
     """Keys and values each in half of the latent, unweighted."""
-    n = basis.free_k.shape[0]
-    width = cov.shape[0] - n
+    n = len(basis.free_k)
+    width = len(cov) - n
     for_keys = min(rank // 2, n)
-    no_keys = replace(basis, free_k=basis.free_k[:0])
-    empty = cov.new_zeros(0, 0)
-    values = solve_latent(
-        no_keys, cov[n:, n:], empty, torch.eye(width, dtype=cov.dtype), rank - for_keys
-    )
-    variance, u = torch.linalg.eigh(cov[:n, :n])
-    variance, u = variance.flip(0).clamp_min(0), u.flip(1)[:, :for_keys]
-    size = float(variance[:for_keys].mean().sqrt()) if for_keys else 1.0
-    size = size or 1.0
-    keys = Latent(
-        down_k=u.T @ basis.free_k / size,
-        down_v=cov.new_zeros(for_keys, width),
-        up_k=u * size,
-        up_v=cov.new_zeros(width, for_keys),
-        rank_loss=float(variance[for_keys:].sum() / variance.sum().clamp_min(1e-300)),
-    )
-    values = replace(values, up_k=cov.new_zeros(n, rank - for_keys))
-    share = float(cov[:n, :n].trace() / cov.trace().clamp_min(1e-300))
-    return keys.joined(values, share)
+    parts = []
+    for only, numbers in ((slice(0, n), for_keys), (slice(n, n + width), rank - for_keys)):
+        masked = torch.zeros_like(cov)
+        masked[only, only] = cov[only, only]
+        parts.append(unweighted(basis, masked).solve(numbers, balanced=False))
+    share = float(cov[:n, :n].trace() / cov.trace().clamp_min(torch.finfo(cov.dtype).tiny))
+    return parts[0].joined(parts[1], share)
 
 
 def assemble(

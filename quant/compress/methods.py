@@ -13,7 +13,7 @@ taken to be white.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -26,13 +26,14 @@ from mla_deploy.quant.compress.basis import (
 )
 from mla_deploy.quant.compress.latent import (
     Latent,
+    LatentProblem,
     assemble,
     covariance,
     output_metric,
     query_metric,
     softmax_scale,
-    solve_latent,
     split_latent,
+    unweighted,
 )
 from mla_deploy.quant.compress.layer import LatentWeights, Weights
 from mla_deploy.quant.compress.moments import Moments
@@ -48,7 +49,8 @@ METHODS = (
 )
 FOLDS = (1, 2, 4, 8)
 """Neighbouring frequencies that TransMLA treats as one; the best by layer output error."""
-GAMMAS = (0.25, 0.5, 1.0, 2.0, 4.0)
+GAMMAS = (1.0, 0.25, 0.5, 2.0, 4.0)
+"""Equal traces first: that is what is taken where nothing can be tried."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,11 @@ def _query_aware(task: LayerTask, steps: Steps) -> Conversion:
     distances = uniform_distances(task.window)
     if steps.attention_distances and task.distances is not None:
         distances = task.distances
-    values = _value_metric(task, steps)
-    scale = softmax_scale(task.config)
+    values = torch.eye(task.config.key_width, dtype=torch.float64)
+    if steps.output_metric:
+        values = output_metric(task.weights, task.config)
 
-    def candidate(fold: int, gamma: float) -> Conversion:
+    def candidates(fold: int) -> Iterator[Conversion]:
         basis = query_aware_basis(
             task.moments,
             task.config,
@@ -142,20 +145,18 @@ def _query_aware(task: LayerTask, steps: Steps) -> Conversion:
             mean_rotation=steps.mean_rotation,
             queries=steps.queries,
         )
+        keys = torch.eye(len(basis.free_k), dtype=torch.float64)
+        if steps.query_metric:
+            keys = query_metric(basis, task.moments, softmax_scale(task.config))
         cov = covariance(basis, task.moments, centred=steps.centred)
-        keys = query_metric(basis, task.moments, scale)
-        if not steps.query_metric:
-            keys = torch.eye(len(keys), dtype=keys.dtype)
-        balance = _equal_traces(keys, values, cov)
-        latent = solve_latent(basis, cov, keys, values * balance * gamma, task.rank)
-        choices = {"fold": float(fold), "gamma": gamma}
-        return _finish(task, basis, latent, task.moments, choices, centred=steps.centred)
+        problem = LatentProblem(basis, cov, keys, values)
+        # Without a free key there is nothing to weigh values against.
+        for gamma in steps.gammas if len(keys) else steps.gammas[:1]:
+            latent = problem.solve(task.rank, gamma)
+            choices = {"fold": float(fold), "gamma": gamma}
+            yield _finish(task, basis, latent, task.moments, choices, centred=steps.centred)
 
-    best = _best(task, (candidate(fold, 1.0) for fold in _folds(task, steps.folds)))
-    if task.rope == task.config.key_width:
-        return best  # no free key is left to weigh values against
-    fold = int(best.choices["fold"])
-    return _best(task, (candidate(fold, gamma) for gamma in steps.gammas))
+    return _best(task, (one for fold in _folds(task, steps.folds) for one in candidates(fold)))
 
 
 def _mha2mla(task: LayerTask, selection: str, kind: str) -> Conversion:
@@ -176,9 +177,7 @@ def _mha2mla(task: LayerTask, selection: str, kind: str) -> Conversion:
     if kind == "split":
         latent = split_latent(basis, cov, task.rank)
     else:
-        n = len(basis.free_k)
-        identity = torch.eye(len(cov), dtype=cov.dtype)
-        latent = solve_latent(basis, cov, identity[:n, :n], identity[n:, n:], task.rank)
+        latent = unweighted(basis, cov).solve(task.rank, balanced=False)
     return _finish(task, basis, latent, task.white, {}, centred=True)
 
 
@@ -196,11 +195,7 @@ def _transmla(task: LayerTask) -> Conversion:
             queries=False,
         )
         cov = covariance(basis, task.moments, centred=False)
-        n = len(basis.free_k)
-        identity = torch.eye(len(cov), dtype=cov.dtype)
-        keys, values = identity[:n, :n], identity[n:, n:]
-        values = values * _equal_traces(keys, values, cov)
-        latent = solve_latent(basis, cov, keys, values, task.rank)
+        latent = unweighted(basis, cov).solve(task.rank)
         choices = {"fold": float(fold)}
         return _finish(task, basis, latent, task.moments, choices, centred=False)
 
@@ -240,20 +235,6 @@ def _finish(
     mean = task.moments.kv_mean
     power = float(((down @ (task.moments.kv - torch.outer(mean, mean))) * down).sum())
     return Conversion(weights, basis.rope_loss, latent.rank_loss, power, choices)
-
-
-def _value_metric(task: LayerTask, steps: Steps) -> torch.Tensor:
-    if steps.output_metric:
-        return output_metric(task.weights, task.config)
-    return torch.eye(task.config.key_width, dtype=torch.float64)
-
-
-def _equal_traces(keys: torch.Tensor, values: torch.Tensor, cov: torch.Tensor) -> float:
-    """The factor on the values' metric that makes keys and values count the same."""
-    n = len(keys)
-    of_keys = float((keys * cov[:n, :n]).sum())
-    of_values = float((values * cov[n:, n:]).sum())
-    return of_keys / of_values if of_keys > 0 and of_values > 0 else 1.0
 
 
 def method_rope_step(method: str, groups: int) -> int:

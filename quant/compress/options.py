@@ -12,6 +12,10 @@ from mla_deploy.quant.compress.methods import METHODS, QUERY_AWARE
 SELF = "self"
 """As calibration text: the model writes it."""
 Layout = Literal["mla_deploy", "deepseek_v3"]
+Precision = Literal["fp32", "bf16"]
+_POSITIVE = (
+    "kv_lora_rank", "qk_rope_head_dim", "like_paper", "tokens", "window", "heal_tokens",
+)  # fmt: skip
 PAPER_HEAD_DIM, PAPER_ROPE = 128, 16
 """Of the keys in MHA2MLA's tables: the head size, and the channels of a head that stay rotary."""
 
@@ -37,16 +41,29 @@ class ConvertOptions:
     """Tokens of a window. Default: 512, or the model's context."""
     layout: Layout = "mla_deploy"
     seed: int = 0
+    heal: tuple[str, ...] = ()
+    """Text files to heal on."""
+    heal_tokens: int | None = None
+    """For each layer by itself, and again for the whole model. Default: 2^20."""
+    device: str | None = None
+    """That heals, as torch names it. Default: `cpu`."""
+    precision: Precision | None = None
+    """Of healing. Default: `fp32`."""
 
     def __post_init__(self) -> None:
-        allowed = {"method": METHODS, "layout": get_args(Layout)}
+        allowed = {
+            "method": METHODS,
+            "layout": get_args(Layout),
+            "precision": (*get_args(Precision), None),
+        }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise UsageError(
                     f"{name} has a value that is not known",
                     found=getattr(self, name),
-                    allowed=", ".join(values),
+                    allowed=", ".join(value for value in values if value is not None),
                 )
+        self._check_healing()
         self._check_size()
         self._check_calibration()
 
@@ -79,10 +96,20 @@ class ConvertOptions:
             raise UsageError(
                 "the target ratio is out of range", found=self.ratio, allowed="above 0, up to 1"
             )
-        for name in ("kv_lora_rank", "qk_rope_head_dim", "like_paper", "tokens", "window"):
+        for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be positive", found=value)
+
+    def _check_healing(self) -> None:
+        names = ("heal_tokens", "device", "precision")
+        given = [name for name in names if getattr(self, name) is not None]
+        if given and not self.heal:
+            raise UsageError(
+                "options of healing without text to heal on",
+                found=", ".join(given),
+                hint="give --heal TEXT, or leave them out",
+            )
 
     def _check_calibration(self) -> None:
         if self.no_calibration == bool(self.calibration):

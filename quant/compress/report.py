@@ -11,6 +11,7 @@ from mla_deploy.cache import cache_formats, cache_record
 from mla_deploy.errors import ConfigError
 from mla_deploy.output import writing
 from mla_deploy.quant.compress.geometry import Geometry
+from mla_deploy.quant.compress.heal import Curve
 from mla_deploy.quant.compress.options import ConvertOptions
 from mla_deploy.quant.compress.source import SourceConfig
 from mla_deploy.quant.compress.streams import HeldOut
@@ -33,6 +34,10 @@ class LayerReport:
     """What was chosen by trial."""
     inv_freq: tuple[float, ...]
     """Of the rotary pairs."""
+    latent_power: float
+    """E|c_kv|^2 on the calibration text."""
+    match: Curve | None
+    """Of healing this layer by itself: the relative squared error of its output."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class ConversionReport:
     layers: tuple[LayerReport, ...]
     held_out: HeldOut | None
     """None without calibration."""
+    distillation: Curve | None
+    """Of healing the whole model; None without."""
     calibration_tokens: int
     resumed_layers: int
     """Converted by an earlier, interrupted run."""
@@ -87,13 +94,14 @@ class ConversionReport:
                 name: size / self.source_bytes_per_token for name, size in cached.items()
             },
             "held_out": None if self.held_out is None else asdict(self.held_out),
+            "distillation": None if self.distillation is None else asdict(self.distillation),
             "layers": [asdict(layer) for layer in self.layers],
             "resumed_layers": self.resumed_layers,
             "seconds": self.seconds,
         }
 
 
-def write_report(report: ConversionReport, folder: Path) -> None:
+def write_json(report: ConversionReport, folder: Path) -> None:
     """Put `REPORT_JSON` into the result."""
     text = json.dumps(_without_nan(report.to_json()), indent=1) + "\n"
     with writing(folder):
