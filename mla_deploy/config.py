@@ -16,8 +16,12 @@ from mla_deploy.recipe import RECIPE_KEY, Recipe
 
 T = TypeVar("T")
 
+PROVENANCE_KEY = "conversion"
+"""How `mla-deploy convert` made a model."""
+
 NEUTRAL_KEYS = frozenset(
     {
+        PROVENANCE_KEY,
         "_name_or_path", "architectures", "attention_dropout", "auto_map", "aux_loss_alpha",
         "dtype", "ep_size", "head_dim", "initializer_range", "model_type", "num_mtp_layers",
         "num_nextn_predict_layers", "output_router_logits", "pad_token_id", "pretraining_tp",

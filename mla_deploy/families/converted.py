@@ -28,8 +28,6 @@ from mla_deploy.modules.linear import Linear, Norm, Piece
 from mla_deploy.sources import Given, Stored
 
 MODEL_TYPE = "mla_deploy"
-PROVENANCE_KEY = "conversion"
-"""In config.json: how the model was made. Nothing of it changes what the model computes."""
 
 
 class ConvertedAttention(LatentAttention):
@@ -106,7 +104,6 @@ class Converted(Family):
     model_types = (MODEL_TYPE,)
 
     def read_config(self, keys: ConfigReader) -> MlaConfig:
-        keys.get(PROVENANCE_KEY)
         inv_freq = keys.get("inv_freq")
         groups = keys.integer("qk_norm_groups", 0)
         config = read_common(keys, moe=None)

@@ -16,9 +16,8 @@ import torch
 
 import mla_deploy
 from mla_deploy.checkpoint import ShardWriter
-from mla_deploy.config import read_json_object
-from mla_deploy.errors import ConfigError, UsageError
-from mla_deploy.families.converted import PROVENANCE_KEY
+from mla_deploy.config import PROVENANCE_KEY, read_json_object
+from mla_deploy.errors import CheckpointError, ConfigError, UsageError
 from mla_deploy.output import check_output, check_space, writing
 from mla_deploy.quant.compress.calibration import Windows, windows_from_model, windows_from_text
 from mla_deploy.quant.compress.geometry import Geometry, candidates
@@ -271,7 +270,17 @@ class _Run:
         tensors = attention_tensors(
             self.config, self.geometry, weights, latent, self.options.layout, latent_power
         )
-        self.writer.add_all({prefix + name: x.to(self.dtype) for name, x in tensors.items()})
+        stored = {prefix + name: x.to(self.dtype) for name, x in tensors.items()}
+        for name, x in stored.items():
+            if not bool(torch.isfinite(x).all()):
+                largest = float(tensors[name.removeprefix(prefix)].abs().max())
+                raise CheckpointError(
+                    f"the converted tensor {name} does not fit the source's type",
+                    found=f"values up to {largest:.3g}",
+                    allowed=f"up to {torch.finfo(self.dtype).max:.3g} in {self.dtype}",
+                    hint="save the source in bfloat16 or float32 first",
+                )
+        self.writer.add_all(stored)
 
     def _task(
         self, layer: SourceLayer, fitted: torch.Tensor | None
@@ -330,7 +339,7 @@ class _Run:
     def _start(self) -> tuple[Streams | None, int]:
         """The streams in front of the first layer to do, and that layer's number."""
         if self.windows is None:
-            names = (unchanged_names(layer)[0] for layer in range(self.layers))
+            names = (unchanged_names(layer)[-1] for layer in range(self.layers))
             return None, sum(self.writer.is_done(name) for name in names)
         return self.partial.streams(self.layers) or (Streams.start(self.source, self.windows), 0)
 

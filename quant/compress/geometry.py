@@ -11,6 +11,8 @@ from mla_deploy.quant.compress.source import SourceConfig
 
 _SHARES = (0.125, 0.25, 0.375, 0.5)
 """Of the cache, tried for the rotary channels."""
+_LARGEST_ROPE = 128
+"""That is tried: the native kernels take no more."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,17 @@ def _of_ratio(config: SourceConfig, options: ConvertOptions) -> list[Geometry]:
         ropes = {step * max(1, config.head_dim // 16)}  # MHA2MLA keeps an eighth of a head
     else:
         wanted = (int(share * total) // rope_grain * rope_grain for share in _SHARES)
-        ropes = {max(rope_grain, rope) for rope in wanted}
-    fitting = [
-        Geometry((total - rope) // rank_grain * rank_grain, rope)
-        for rope in sorted(ropes)
-        if rope <= config.key_width and (total - rope) // rank_grain > 0
-    ]
+        ropes = {min(max(rope_grain, rope), _LARGEST_ROPE) for rope in wanted}
+    fitting = []
+    for rope in sorted(ropes):
+        rank = (total - rope) // rank_grain * rank_grain
+        if rope > config.key_width or rank <= 0:
+            continue
+        if options.qk_rope_head_dim is None and options.layout == "mla_deploy" and step == 2:
+            # What rounding the rank has left over.
+            room = (total - rank) // rope_grain * rope_grain
+            rope = min(room, config.key_width, max(rope, _LARGEST_ROPE))
+        fitting.append(Geometry(rank, rope))
     if not fitting:
         raise UsageError(
             "the cache is too small for this model and method",
@@ -80,7 +87,7 @@ def _of_ratio(config: SourceConfig, options: ConvertOptions) -> list[Geometry]:
             allowed=f"above {(min(ropes) + rank_grain) / config.cached_numbers:.4f} of the cache",
             hint="give a larger --target-ratio",
         )
-    return [_cut(one, config) for one in fitting]
+    return list(dict.fromkeys(_cut(one, config) for one in fitting))
 
 
 def _cut(geometry: Geometry, config: SourceConfig) -> Geometry:

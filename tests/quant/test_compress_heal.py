@@ -134,7 +134,10 @@ def test_a_healed_checkpoint_is_better_and_holds_what_was_measured(
     )
     assert healed.held_out is not None
     assert plain.held_out is not None
-    assert healed.held_out.kl < plain.held_out.kl
+    # The source knows nothing of the text, so learning it takes the healed model away from it.
+    assert healed.held_out.converted_loss < plain.held_out.converted_loss
+    for before, after in zip(plain.layers, healed.layers, strict=True):
+        assert after.output_error < before.output_error
     assert healed.distillation is not None
     page = (tmp_path / "healed" / "report.html").read_text()
     assert page.count("<svg") == 4
