@@ -34,8 +34,8 @@ def ops_library() -> Path:
             "this installation has no operator library",
             found=f"no {LIBRARY} in {folder}",
             hint="set ONNXRUNTIME_ROOT to a folder with onnxruntime's headers (on Debian, "
-            "`tools/fetch_onnxruntime_headers.py` prints one) and install mla-deploy from source "
-            "again; docs/operator-library.md has more",
+            "`tools/fetch_debian.py libonnxruntime-dev` prints one) and install mla-deploy from "
+            "source again; docs/operator-library.md has more",
         )
     return path
 

@@ -12,6 +12,8 @@ positions t, V ids, and everything modulo V:
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ from mla_deploy.bundle import (
     describe_file,
     write_manifest,
 )
+from mla_deploy.exporters.onnx import export_onnx
 from mla_deploy.runtime import Engine, load
 
 VOCAB = 263  # prime
@@ -272,6 +275,17 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 def own_toy(tmp_path: Path) -> Toy:
     """A bundle that the test may damage."""
     return write_toy(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_mla: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny-mla with an int4 cache; not to be changed."""
+    root = tmp_path_factory.mktemp("tiny")
+    source = shutil.copytree(tiny_mla, root / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["mla_deploy"] = {"version": 1, "cache_format": "int4"}
+    (source / "config.json").write_text(json.dumps(config))
+    return export_onnx(source, root / "bundle").bundle
 
 
 @pytest.fixture(scope="session")

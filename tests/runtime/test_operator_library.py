@@ -615,10 +615,10 @@ def test_a_host_that_is_too_old_is_told_so(library: Path) -> None:
     assert b"needs onnxruntime 1.18 or later, and this is 1.2.3" in message
 
 
-def test_fetching_headers_says_why_it_cannot(tmp_path: Path) -> None:
-    script = ROOT / "tools" / "fetch_onnxruntime_headers.py"
+def test_fetching_packages_says_why_it_cannot(tmp_path: Path) -> None:
+    script = ROOT / "tools" / "fetch_debian.py"
     result = subprocess.run(
-        [sys.executable, script, tmp_path / "headers"],
+        [sys.executable, script, "--folder", tmp_path / "packages", "libonnxruntime-dev"],
         env={**os.environ, "PATH": str(tmp_path)},
         capture_output=True,
         text=True,

@@ -1,14 +1,15 @@
-"""Writes later_unicode.inc and nfc_tables.inc, which are committed: run it when they must change.
+"""Writes later_unicode.inc and later_marks.inc, which are committed: run it when they must change.
 
     python runtime/csrc/text/make_tables.py
 
-It needs Python 3.11, whose unicodedata is of Unicode 14, and the tokenizers package, the oracle.
+It needs Python 3.11, whose unicodedata is of Unicode 14; the package unicodedata2, which knows the
+latest; and the package tokenizers, the oracle.
 
 - later_unicode.inc: code points whose general category Oniguruma (the regular expressions of
   tokenizers) knows better than PCRE2 with Unicode 14, each with a stand-in that PCRE2 does know:
   of that category, as long in UTF-8, and as near as can be, so of the same script and range.
-- nfc_tables.inc: canonical decomposition, composition and combining classes, as far as the
-  normalizer of tokenizers has them: it is of an older Unicode.
+- later_marks.inc: what Unicode has given a combining class or a canonical composition since the
+  Unicode of the oracle's normalizer, which is older than that of its regular expressions.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
+import unicodedata2
 from tokenizers import Regex, normalizers
 
 HERE = Path(__file__).parent
@@ -64,71 +66,33 @@ def later_rows() -> Iterable[str]:
     return [f"{{0x{a:x}, 0x{b:x}, 0x{s:x}}}," for a, b, s in ranges]
 
 
-NFC = normalizers.NFC().normalize_str
 NFD = normalizers.NFD().normalize_str
 
 
-def combining_class(code: int) -> int:
-    """0 where the oracle does not move the character past another mark."""
-    value = unicodedata.combining(chr(code))
-    if not value:
-        return 0
-    later, before = chr(code), "\u0334"  # of class 1
-    if value == 1:
-        later, before = "\u0345", chr(code)  # class 240
-    return value if NFD(f"x{later}{before}") == f"x{before}{later}" else 0
+def is_mark(code: int) -> bool:
+    """Whether the oracle moves the character past another mark."""
+    char, value = chr(code), unicodedata2.combining(chr(code))
+    if value > 1:
+        return NFD(f"x{char}\u0334") == f"x\u0334{char}"  # which is of class 1
+    return value == 1 and NFD(f"x\u0345{char}") == f"x{char}\u0345"  # class 240
 
 
-def full_decomposition(code: int) -> list[int]:
-    text = NFD(chr(code))
-    return [] if text == chr(code) else list(map(ord, text))
-
-
-def is_hangul(code: int) -> bool:
-    return 0xAC00 <= code <= 0xD7A3
-
-
-def decomposition_rows() -> Iterable[str]:
+def later_marks() -> Iterable[str]:
+    later, known_parts, later_parts = set(), set(), set()
     for code in CODE_POINTS:
-        if not is_hangul(code) and (parts := full_decomposition(code)):
-            padded = parts + [0] * (4 - len(parts))
-            yield f"{{0x{code:x}, {{{', '.join(f'0x{p:x}' for p in padded)}}}}},"
-
-
-def compositions() -> dict[tuple[int, int], int]:
-    pairs = {}
-    for code in CODE_POINTS:
-        spelled = unicodedata.decomposition(chr(code))
-        if is_hangul(code) or not spelled or spelled.startswith("<"):
-            continue
-        parts = [int(part, 16) for part in spelled.split()]
-        if len(parts) == 2 and NFC("".join(map(chr, parts))) == chr(code):
-            pairs[parts[0], parts[1]] = code
-    return pairs
-
-
-def class_rows() -> Iterable[str]:
+        char, spelled = chr(code), unicodedata2.decomposition(chr(code))
+        if spelled and not spelled.startswith("<"):
+            parts = {int(part, 16) for part in spelled.split()}
+            if NFD(char) != char:
+                known_parts |= parts
+                continue
+            later.add(code)
+            later_parts |= parts
+        if unicodedata2.combining(char) and not is_mark(code):
+            later.add(code)
+    later |= {part for part in later_parts - known_parts if not is_mark(part)}
     ranges: list[list[int]] = []
-    for code in CODE_POINTS:
-        if not (value := combining_class(code)):
-            continue
-        if ranges and ranges[-1][1] == code - 1 and ranges[-1][2] == value:
-            ranges[-1][1] = code
-        else:
-            ranges.append([code, code, value])
-    return [f"{{0x{a:x}, 0x{b:x}, {v}}}," for a, b, v in ranges]
-
-
-def unstable_rows() -> Iterable[str]:
-    """Whatever may change in NFC, or change what stands before it."""
-    seconds = {second for _, second in compositions()}
-    seconds |= set(range(0x1161, 0x1176)) | set(range(0x11A8, 0x11C3))  # Hangul vowels and finals
-    ranges: list[list[int]] = []
-    for code in CODE_POINTS:
-        char = chr(code)
-        stable = NFC(char) == char and not combining_class(code)
-        if stable and code not in seconds:
-            continue
+    for code in sorted(later):
         if ranges and ranges[-1][1] == code - 1:
             ranges[-1][1] = code
         else:
@@ -154,16 +118,7 @@ def main() -> None:
     if unicodedata.unidata_version != "14.0.0":
         raise SystemExit(f"needs Unicode 14.0.0, has {unicodedata.unidata_version}: Python 3.11")
     write("later_unicode.inc", {"Later kLater": later_rows()})
-    pairs = sorted(compositions().items())
-    write(
-        "nfc_tables.inc",
-        {
-            "Decomposition kDecompositions": decomposition_rows(),
-            "Composition kCompositions": [f"{{0x{a:x}, 0x{b:x}, 0x{c:x}}}," for (a, b), c in pairs],
-            "CombiningClass kClasses": class_rows(),
-            "Unstable kUnstable": unstable_rows(),
-        },
-    )
+    write("later_marks.inc", {"LaterMarks kLaterMarks": later_marks()})
 
 
 if __name__ == "__main__":
