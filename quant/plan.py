@@ -197,7 +197,8 @@ def _transforms(
     rotations: Sequence[LatentRotation | None],
 ) -> Iterator[tuple[str, Transform]]:
     """What happens to tensors of the source beside quantisation, by name."""
-    rank, gamma_folded = config.kv_lora_rank, config.recipe.gamma_folded
+    rank = config.kv_lora_rank
+    gamma_folded = config.recipe.gamma_folded and config.has_latent_norm
     for layer, rotation in zip(model.layers, rotations, strict=True):
         if not gamma_folded and rotation is None:
             continue

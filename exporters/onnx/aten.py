@@ -203,6 +203,11 @@ def _stack(c: Context, parts: Sequence[ir.Value], dim: int = 0) -> ir.Value:
     return c.builder.op("Concat", *[c.builder.op("Unsqueeze", p, axis) for p in parts], axis=dim)
 
 
+@lowers(aten.cat.default)
+def _cat(c: Context, parts: Sequence[ir.Value], dim: int = 0) -> ir.Value:
+    return c.builder.op("Concat", *parts, axis=dim)
+
+
 @lowers(aten.slice.Tensor)
 def _slice(c: Context, x: ir.Value, dim: int = 0, start: int = 0, end: int = 0) -> ir.Value:
     if start == 0 and end == torch.iinfo(torch.int64).max:
