@@ -14,7 +14,7 @@ from torch import nn
 from mla_deploy.cache import CachePart, cache_record
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
-from mla_deploy.exporters.onnx.builder import DTYPES, GraphBuilder
+from mla_deploy.exporters.onnx.builder import GraphBuilder
 from mla_deploy.exporters.onnx.translate import Table, Weight, translate
 from mla_deploy.exporters.trace import TensorSpec, Trace, trace
 from mla_deploy.families import family_of
@@ -44,7 +44,8 @@ class Target(abc.ABC):
     functions: Sequence[ir.Function] = ()
     """Read when all layers are lowered."""
     dtype: torch.dtype = torch.float32
-    """Of activations and of float matrices; routers stay in float32."""
+    """Of activations and of float matrices. In float32 stay routers, whose choices hang on small
+    differences, and the sum that runs through all layers, which adds up their rounding."""
     batch: int | None = None
     """Sequences, where their number is fixed."""
     sequence_inputs: Sequence[str] = tuple(SEQUENCE_INPUTS)
@@ -53,6 +54,10 @@ class Target(abc.ABC):
     @abc.abstractmethod
     def cache_input(self, builder: GraphBuilder, layer: int, part: CachePart) -> ir.Value:
         """The graph input of one part of a layer's cache."""
+
+    def cache_value(self, builder: GraphBuilder, value: ir.Value, part: CachePart) -> ir.Value:
+        """What the layer is given for that input."""
+        return value
 
     @abc.abstractmethod
     def cache_output(
@@ -90,7 +95,8 @@ def build_graph(config: MlaConfig, checkpoint: Checkpoint, target: Target) -> De
         for name, axes in SEQUENCE_INPUTS.items()
         if name in target.sequence_inputs
     ]
-    values = {str(value.name): value for value in inputs}
+    values: dict[str, ir.Value | None] = dict.fromkeys(SEQUENCE_INPUTS)
+    values |= {str(value.name): value for value in inputs}
     presents: list[ir.Value] = []
 
     prologue = Prologue(config)
@@ -100,7 +106,7 @@ def build_graph(config: MlaConfig, checkpoint: Checkpoint, target: Target) -> De
     ]
     emit = _Emitter(builder, target, checkpoint)
     x, cos, sin = emit(trace(emit.typed(prologue), specs), prologue, values, "model")
-    values |= {"cos": cos, "sin": sin, "x": emit.cast(x, torch.float32, target.dtype)}
+    values |= {"cos": cos, "sin": sin, "x": x}
 
     traces: dict[tuple[object, ...], Trace] = {}
     for index in range(config.num_hidden_layers):
@@ -108,22 +114,27 @@ def build_graph(config: MlaConfig, checkpoint: Checkpoint, target: Target) -> De
         kind = _kind(layer)
         if kind not in traces:
             traces[kind] = trace(layer, _layer_specs(layer, config, parts, target))
-        cache = {part.name: target.cache_input(builder, index, part) for part in parts}
-        inputs += cache.values()
         scope = f"model.layers.{index}"
+        builder.scope = f"/model/layers.{index}/cache"
+        cache = {}
+        for part in parts:
+            inputs.append(target.cache_input(builder, index, part))
+            cache[part.name] = target.cache_value(builder, inputs[-1], part)
         x, residual, *present = emit(traces[kind], layer, {**values, **cache}, scope)
         values |= {"x": x, "residual": residual}
+        builder.scope = f"/model/layers.{index}/cache"
         for value, part in zip(present, parts, strict=True):
             presents.append(target.cache_output(builder, value, index, part))
 
     epilogue = emit.typed(Epilogue(config))
     specs = [
         TensorSpec("x", (batch, "S", hidden), target.dtype),
-        TensorSpec("residual", (batch, "S", hidden), target.dtype),
+        TensorSpec("residual", (batch, "S", hidden)),
         TensorSpec("logit_index", (batch, "L"), int64),
     ]
     (logits,) = emit(trace(epilogue, specs), epilogue, values, "model")
-    logits = emit.cast(logits, target.dtype, torch.float32)
+    if target.dtype is not torch.float32:
+        logits = builder.op("Cast", logits, to=ir.DataType.FLOAT.value)
     logits.name = "logits"
     logits.type = ir.TensorType(ir.DataType.FLOAT)
     logits.shape = ir.Shape([target.batch or "batch", "logits", config.vocab_size])
@@ -151,7 +162,7 @@ class _Emitter:
     checkpoint: Checkpoint
 
     def __call__(
-        self, traced: Trace, module: nn.Module, values: Mapping[str, ir.Value], scope: str
+        self, traced: Trace, module: nn.Module, values: Mapping[str, ir.Value | None], scope: str
     ) -> list[ir.Value]:
         weights = {}
         for name, parameter, source in parameter_sources(module):
@@ -162,20 +173,13 @@ class _Emitter:
         return translate(traced, self.builder, self.target.table, values, weights, path)
 
     def typed(self, module: Typed) -> Typed:
-        """The module with its float32 parameters in the target's type, but for routers, whose
-        choices hang on small differences."""
+        """The module with its float32 parameters in the target's type, but for routers."""
         for block in _blocks(module):
             for name in block.sources:
                 parameter = block.get_parameter(name)
                 if parameter.dtype is torch.float32 and not isinstance(block, Router):
                     parameter.data = parameter.data.to(self.target.dtype)
         return module
-
-    def cast(self, value: ir.Value, given: torch.dtype, wanted: torch.dtype) -> ir.Value:
-        """The value in another type; itself if that is its type."""
-        if given is wanted:
-            return value
-        return self.builder.op("Cast", value, to=DTYPES[wanted].value)
 
 
 def _kind(layer: DecoderLayer) -> tuple[object, ...]:
@@ -190,8 +194,8 @@ def _layer_specs(
     hidden, pairs = config.hidden_size, config.qk_rope_head_dim // 2
     batch = target.batch or "B"
     return [
-        TensorSpec("x", (batch, "S", hidden), target.dtype),
-        None if layer.is_first else TensorSpec("residual", (batch, "S", hidden), target.dtype),
+        TensorSpec("x", (batch, "S", hidden), torch.float32 if layer.is_first else target.dtype),
+        None if layer.is_first else TensorSpec("residual", (batch, "S", hidden)),
         TensorSpec("cos", (batch, "S", pairs)),
         TensorSpec("sin", (batch, "S", pairs)),
         TensorSpec("block_table", (batch, "M"), torch.int64),
