@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -59,10 +60,27 @@ def load(
         if value is not None and (not isinstance(value, int) or value < 1):
             raise UsageError(f"{name} is out of range", found=value, allowed="1 or more")
     opened = Bundle.open(bundle, verify=verify)
+    if opened.manifest.tensorrt is not None:
+        return _load_tensorrt(opened, max_tokens, threads=threads, kernels=kernels)
     graph = DecoderGraph(opened, threads=threads, spin=spin, kernels=kernels)
     if max_tokens is None:
         max_tokens = opened.manifest.model.max_position_embeddings
     return Engine(opened, graph, PageArena(opened.manifest.cache, max_tokens), prefill_chunk)
+
+
+def _load_tensorrt(
+    bundle: Bundle, max_tokens: int | None, *, threads: int | None, kernels: str
+) -> Engine:
+    if threads is not None or kernels != "auto":
+        raise UsageError(
+            "threads and kernels are for bundles that run on the CPU",
+            found=f"threads {threads}, kernels {kernels}",
+            hint="leave them out: TensorRT runs on the GPU with kernels of its own",
+        )
+    from mla_deploy.runtime.tensorrt import load_tensorrt
+
+    # Not the class, but its methods.
+    return cast("Engine", load_tensorrt(bundle, max_tokens))
 
 
 class Engine:

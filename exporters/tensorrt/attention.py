@@ -73,16 +73,16 @@ class _Body(nn.Module):
         # Rows behind the last new one are hidden by the causal mask, whatever they hold.
         step = torch.where(step < q.shape[1], step, 0)
         step = torch.where(is_new, step, 0)
-        keys = [
+        c_kv, k_pe = (
             torch.where(is_new.unsqueeze(1), fresh.index_select(1, step), old)
             for fresh, old in zip(new, held, strict=True)
-        ]
+        )
         # Scaled before the product, which could leave float16.
         scaled = q.float() * self.softmax_scale
         queries = attention.new_queries(scaled, cos, sin, self.heads, self.nope)
         q_nope, q_pe = (part.to(dtype) for part in queries)
         output = attention.attend_absorbed(
-            q_nope, q_pe, *keys, w_uk.to(dtype), w_uv.to(dtype), past_lengths, 1.0
+            q_nope, q_pe, c_kv, k_pe, w_uk.to(dtype), w_uv.to(dtype), past_lengths, 1.0
         )
         return output, rows
 

@@ -57,8 +57,10 @@ def lower_moe_quantized(
     bits: int,
 ) -> ir.Value:
     """`mla_deploy::moe_quantized`."""
-    first = _quantized(c, QuantizedWeight(*gate_up, bits, gate_then_up))
-    second = _quantized(c, QuantizedWeight(*down, bits))
+    first, second = (
+        _quantized(c, QuantizedWeight(codes, scales, zeros, bits, arrange))
+        for (codes, scales, zeros), arrange in ((gate_up, gate_then_up), (down, as_stored))
+    )
     return _experts(c, x, selection, weights, first, second, top_k)
 
 
