@@ -57,9 +57,8 @@ def context_model(
         hardware_architecture=target.removeprefix("sm"),
         partition_name="decoder",
     )
-    graph = helper.make_graph(
-        [node], "decoder", *[[_value(o) for o in p] for p in (inputs, outputs)]
-    )
+    before, after = ([_value(tensor) for tensor in tensors] for tensors in (inputs, outputs))
+    graph = helper.make_graph([node], "decoder", before, after)
     return helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)],
