@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +64,9 @@ def load(
         if value is not None and (not isinstance(value, int) or value < 1):
             raise UsageError(f"{name} is out of range", found=value, allowed="1 or more")
     opened = Bundle.of_manifest(bundle)  # the engine checks the files
+    if opened.manifest.tensorrt is not None:
+        opened = Bundle.open(bundle, verify=verify)
+        return _load_tensorrt(opened, max_tokens, threads=threads, kernels=kernels)
 
     def core(library: Path | None) -> _runtime.Engine:
         return _runtime.Engine(
@@ -84,6 +88,21 @@ def load(
             raise
         chosen = Kernels(None, error.found or error.what)
     return Engine(opened, core(None), chosen)
+
+
+def _load_tensorrt(
+    bundle: Bundle, max_tokens: int | None, *, threads: int | None, kernels: str
+) -> Engine:
+    if threads is not None or kernels != "auto":
+        raise UsageError(
+            "threads and kernels are for bundles that run on the CPU",
+            found=f"threads {threads}, kernels {kernels}",
+            hint="leave them out: TensorRT runs on the GPU with kernels of its own",
+        )
+    from mla_deploy.runtime.tensorrt import load_tensorrt
+
+    # Not the class, but its methods.
+    return cast("Engine", load_tensorrt(bundle, max_tokens))
 
 
 class Engine:

@@ -71,7 +71,7 @@ def export_onnx(
     config = checkpoint.config
     require_tokenizer(source)
     check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
-    graph = build_graph(config, checkpoint)
+    graph = build_graph(config, checkpoint, ort.OnnxRuntime())
     initializers = list(graph.builder.initializers.values())
     check_space(out.parent, sum(one.nbytes for one in initializers))
     with new_folder(out) as folder:
