@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mla_deploy.errors import MlaError
+from mla_deploy.runtime import _runtime
 
+LIBRARY = "libmla_deploy_cuda.so"
 TYPES = ("float32", "float16", "bfloat16")
 CACHE_FORMATS = ("int4", "int8", "fp16")
 PROBLEMS = {
@@ -25,6 +27,25 @@ PROBLEMS = {
 
 class CudaError(MlaError):
     """A call that the CUDA kernels refuse, or a device that cannot run them."""
+
+
+def cuda_library() -> Path:
+    """The kernels of this installation.
+
+    Raises:
+        CudaError: it was built without them.
+    """
+    # Beside the compiled module: an editable install keeps the Python sources elsewhere.
+    folder = Path(_runtime.__file__).parent
+    path = folder / LIBRARY
+    if not path.is_file():
+        raise CudaError(
+            "this installation has no CUDA kernels",
+            found=f"no {LIBRARY} in {folder}",
+            hint="install from source where there is nvcc 13: "
+            "pip install . -C cmake.define.MLA_CUDA=ON",
+        )
+    return path
 
 
 class _Reals(ctypes.Structure):

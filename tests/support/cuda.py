@@ -17,7 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mla_deploy.runtime.cuda import AttentionSizes, CudaKernels, Tensor
+from mla_deploy.runtime.cuda import (
+    AttentionSizes,
+    CudaError,
+    CudaKernels,
+    Tensor,
+    cuda_library,
+)
 from support.attention_case import AttentionCase
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,20 +70,14 @@ def build_emulation(*flags: str) -> Path:
     return library
 
 
-def gpu_library() -> Path | None:
-    """The library built by nvcc: MLA_CUDA_LIBRARY, or what CMake builds in build/cuda."""
-    built = ROOT / "build/cuda/csrc/cuda/libmla_deploy_cuda.so"
-    path = Path(os.environ.get("MLA_CUDA_LIBRARY", built))
-    return path if path.exists() else None
-
-
 def gpu_machine() -> Machine:
-    """Skips the test where there is no GPU or no library."""
+    """Skips the test where there is no GPU, or no kernels for it."""
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU and a torch that knows it")
-    library = gpu_library()
-    if library is None:
-        pytest.skip("needs libmla_deploy_cuda.so: build it as docs/kernels.md says")
+    try:
+        library = cuda_library()
+    except CudaError as error:
+        pytest.skip(str(error))
     return Machine(library, "cuda")
 
 
