@@ -13,6 +13,8 @@
 // What is left at the end are sums relative to a maximum; merge.h joins the runs of tiles.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/formats.h"
 #include "cuda/sequence.h"
 
@@ -36,6 +38,11 @@ struct Attend {
     static constexpr int kQuarterGroups = Rank / kGroup / kQuarters;
     static constexpr int kPasses = kRows * kRowThreads / kThreads;  // of the softmax
     static constexpr int kThreadTokens = kTile / kRowThreads;
+
+    // A thread's scores and probabilities, each read or written at once.
+    static_assert(kThreadTokens == 2 || kThreadTokens == 4, "a vector of floats");
+    using ThreadScores = std::conditional_t<kThreadTokens == 4, Floats4, Floats2>;
+    using ThreadProbs = std::conditional_t<kThreadTokens == 4, Words2, Words1>;
 
     // Rows of scores and probabilities are padded so that their reads and writes spread over banks.
     static constexpr int kScoreStride = kTile + 8;  // floats
@@ -198,19 +205,17 @@ struct Attend {
         MLA_UNROLL
         for (int pass = 0; pass < kPasses; ++pass) {
             const int row = pass * (kThreads / kRowThreads) + thread.index / kRowThreads;
-            float s[kThreadTokens];
+            float s[kThreadTokens] = {};
             MLA_UNROLL
-            for (int i = 0; i < kThreadTokens; i += 2) {
-                Floats2 x = {0, 0};
-                MLA_UNROLL
-                for (int quarter = 0; quarter < kQuarters; ++quarter) {
-                    const Floats2 y =
-                        load<Floats2>(scores + (quarter * kRows + row) * kScoreStride + at + i);
-                    x.x += y.x;
-                    x.y += y.y;
+            for (int quarter = 0; quarter < kQuarters; ++quarter) {
+                const float* from = scores + (quarter * kRows + row) * kScoreStride + at;
+                const auto some = load<ThreadScores>(from);
+                s[0] += some.x;
+                s[1] += some.y;
+                if constexpr (kThreadTokens == 4) {
+                    s[2] += some.z;
+                    s[3] += some.w;
                 }
-                s[i] = x.x;
-                s[i + 1] = x.y;
             }
             const int seen = state.visible[pass] - first - at;  // of this thread's tokens
             float top = kNothingSeen;
@@ -223,15 +228,16 @@ struct Attend {
             const float max = top > state.max[pass] + kSlack ? top : state.max[pass];
             const float alpha = exp2_fast(state.max[pass] - max);
             float sum = state.sum[pass] * alpha;
-            MLA_UNROLL
-            for (int i = 0; i < kThreadTokens; i += 2) {
-                // The sum takes the probabilities as rounded, so that weights add up to one.
-                const uint32_t pair = pack_half2(i < seen ? exp2_fast(s[i] - max) : 0,
-                                                 i + 1 < seen ? exp2_fast(s[i + 1] - max) : 0);
-                sum += half_value(static_cast<uint16_t>(pair)) +
-                       half_value(static_cast<uint16_t>(pair >> 16));
-                store<uint32_t>(probabilities + (row * kProbStride + at + i) * 2, pair);
+            // The sum takes the probabilities as rounded, so that weights add up to one.
+            const auto probability = [&](int i) { return i < seen ? exp2_fast(s[i] - max) : 0; };
+            ThreadProbs probs;
+            probs.x = pack_half2(probability(0), probability(1));
+            sum += half2_sum(probs.x);
+            if constexpr (kThreadTokens == 4) {
+                probs.y = pack_half2(probability(2), probability(3));
+                sum += half2_sum(probs.y);
             }
+            store(probabilities + (row * kProbStride + at) * 2, probs);
             state.max[pass] = max;
             state.sum[pass] = sum;
             if (at == 0) alphas[row] = alpha;

@@ -42,11 +42,15 @@ struct Thread {
 
 #ifdef __CUDACC__
 // The compiler's own vectors: structs of ours would be read and written by the word.
+using Words1 = uint1;
 using Words2 = uint2;
 using Words4 = uint4;
 using Floats2 = float2;
 using Floats4 = float4;
 #else
+struct alignas(4) Words1 {
+    uint32_t x;
+};
 struct alignas(8) Words2 {
     uint32_t x, y;
 };
@@ -213,16 +217,20 @@ inline float round_to_even(float x) { return emulation::round_to_even(x); }
 template <class T>
 MLA_DEVICE T load(const void* at) {
 #ifndef __CUDACC__
-    emulation::expect_aligned(at, alignof(T));
+    emulation::touch(at, sizeof(T), alignof(T));
 #endif
     return *static_cast<const T*>(at);
 }
 template <class T>
 MLA_DEVICE void store(void* at, T value) {
 #ifndef __CUDACC__
-    emulation::expect_aligned(at, alignof(T));
+    emulation::touch(at, sizeof(T), alignof(T));
 #endif
     *static_cast<T*>(at) = value;
+}
+
+MLA_DEVICE float half2_sum(uint32_t pair) {
+    return half_value(static_cast<uint16_t>(pair)) + half_value(static_cast<uint16_t>(pair >> 16));
 }
 
 MLA_DEVICE float max_of(float a, float b) { return a > b ? a : b; }

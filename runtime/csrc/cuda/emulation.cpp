@@ -31,8 +31,18 @@ struct Copy {
     int bytes;
 };
 
+struct Access {
+    const uint8_t* at;
+    size_t bytes;
+};
+
+struct Wavefronts {
+    int64_t taken, ideal;
+};
+
 struct Fiber {
     Thread thread;
+    std::vector<Access> accesses;  // to shared memory, since the warp's last instruction
     Waits waits;
     void* operands;                         // of the warp's instruction
     std::vector<std::vector<Copy>> copies;  // groups, the oldest first; the last one is open
@@ -88,6 +98,29 @@ void run_shuffle(void* const* operands) {
     }
 }
 
+// Wavefronts of one access by the lanes of a warp: 128 bytes go at once, where no bank has to give
+// two different words.
+int64_t count_wavefronts(const Access* const* lanes, const uint8_t* shared) {
+    const int at_once = lanes[0]->bytes <= 4 ? kLanes : static_cast<int>(128 / lanes[0]->bytes);
+    int64_t taken = 0;
+    for (int first = 0; first < kLanes; first += at_once) {
+        std::vector<int64_t> words[kLanes];  // different ones, by bank
+        size_t most = 0;
+        for (int i = first; i < first + at_once; ++i) {
+            const int64_t begin = (lanes[i]->at - shared) / 4;
+            const int64_t end =
+                (lanes[i]->at - shared + static_cast<int64_t>(lanes[i]->bytes) + 3) / 4;
+            for (int64_t word = begin; word < end; ++word) {
+                std::vector<int64_t>& bank = words[word % kLanes];
+                if (std::find(bank.begin(), bank.end(), word) == bank.end()) bank.push_back(word);
+                most = std::max(most, bank.size());
+            }
+        }
+        taken += static_cast<int64_t>(most);
+    }
+    return taken;
+}
+
 class Block {
   public:
     explicit Block(int threads) : fibers_(static_cast<size_t>(threads)) {
@@ -102,6 +135,8 @@ class Block {
             aligned_alloc(128, (shared_bytes + 127) / 128 * 128), std::free);
         uint8_t* shared = static_cast<uint8_t*>(memory.get());
         std::memset(shared, 0xff, shared_bytes);
+        shared_ = shared;
+        shared_bytes_ = shared_bytes;
         body_ = body;
         context_ = context;
         for (size_t i = 0; i < fibers_.size(); ++i) {
@@ -110,6 +145,7 @@ class Block {
             fiber.waits = Waits::kNothing;
             fiber.started = false;
             fiber.copies.assign(1, {});
+            fiber.accesses.clear();
         }
         while (!all(Waits::kExited)) {
             std::vector<size_t> order(fibers_.size() / kLanes);
@@ -133,6 +169,14 @@ class Block {
 
     Fiber& current() { return *current_; }
 
+    void note_access(const void* at, size_t bytes) {
+        const uint8_t* byte = static_cast<const uint8_t*>(at);
+        if (byte >= shared_ && byte < shared_ + shared_bytes_)
+            current_->accesses.push_back({byte, bytes});
+    }
+
+    const Wavefronts& wavefronts() const { return wavefronts_; }
+
   private:
     static void enter();
 
@@ -147,6 +191,7 @@ class Block {
         for (;;) {
             for (int i = 0; i < kLanes; ++i)
                 if (lanes[i].waits == Waits::kNothing) step(lanes[i]);
+            count_accesses(lanes);
             const Waits what = lanes[0].waits;
             for (int i = 1; i < kLanes; ++i)
                 if (lanes[i].waits != what)
@@ -161,6 +206,21 @@ class Block {
                 run_shuffle(operands);
             for (int i = 0; i < kLanes; ++i) lanes[i].waits = Waits::kNothing;
         }
+    }
+
+    // Lanes that went the same way made the same accesses; others are not compared.
+    void count_accesses(Fiber* lanes) {
+        bool alike = true;
+        for (int i = 1; i < kLanes; ++i)
+            alike = alike && lanes[i].accesses.size() == lanes[0].accesses.size();
+        for (size_t k = 0; alike && k < lanes[0].accesses.size(); ++k) {
+            const Access* access[kLanes];
+            for (int i = 0; i < kLanes; ++i) access[i] = &lanes[i].accesses[k];
+            wavefronts_.taken += count_wavefronts(access, shared_);
+            const size_t bytes = access[0]->bytes;
+            wavefronts_.ideal += bytes <= 4 ? 1 : static_cast<int64_t>(bytes / 4);
+        }
+        for (int i = 0; i < kLanes; ++i) lanes[i].accesses.clear();
     }
 
     void step(Fiber& fiber) {
@@ -181,10 +241,14 @@ class Block {
     jmp_buf scheduler_;
     Body body_ = nullptr;
     const void* context_ = nullptr;
+    const uint8_t* shared_ = nullptr;
+    size_t shared_bytes_ = 0;
+    Wavefronts wavefronts_ = {0, 0};
     std::mt19937 random_;
 };
 
 thread_local Block* running = nullptr;
+thread_local std::vector<Wavefronts> launches;
 
 void Block::enter() {
     Block& block = *running;
@@ -202,6 +266,7 @@ void run_grid(int x, int y, int z, int threads, size_t shared_bytes, Body body,
         for (int j = 0; j < y; ++j)
             for (int i = 0; i < x; ++i) block.run(i, j, k, shared_bytes, body, context);
     running = nullptr;
+    launches.push_back(block.wavefronts());
 }
 
 void barrier() { running->wait(Waits::kBarrier, nullptr); }
@@ -218,8 +283,8 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 }
 
 void copy_async(void* shared, const void* global, int bytes) {
-    expect_aligned(shared, 16);
-    expect_aligned(global, 16);
+    touch(shared, 16, 16);
+    touch(global, 16, 16);
     if (bytes < 0 || bytes > 16) die("a copy of other than 0 to 16 bytes", bytes);
     running->current().copies.back().push_back({shared, global, bytes});
 }
@@ -237,10 +302,20 @@ void wait_copies(int pending) {
     }
 }
 
-void expect_aligned(const void* at, size_t alignment) {
+void touch(const void* at, size_t bytes, size_t alignment) {
     if (reinterpret_cast<uintptr_t>(at) % alignment)
         die("an address is not aligned to what it is read or written as",
             running ? running->current().thread.index : -1);
+    if (running) running->note_access(at, bytes);
 }
 
 }  // namespace mla::cuda::emulation
+
+int mla_cuda_emulation_wavefronts(int launch, int64_t* taken, int64_t* ideal) {
+    using mla::cuda::emulation::launches;
+    if (launch < 0) launches.clear();
+    if (launch < 0 || launch >= static_cast<int>(launches.size())) return 1;
+    *taken = launches[static_cast<size_t>(launch)].taken;
+    *ideal = launches[static_cast<size_t>(launch)].ideal;
+    return 0;
+}

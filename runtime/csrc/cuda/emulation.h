@@ -6,6 +6,10 @@
 // barrier (MLA_EMULATION_SEED), so that code which lacks a barrier sees memory too old or too new.
 // Asynchronous copies happen as late as they may: in the wait that ends them. Shared memory starts
 // as NaNs, and is a heap block of exactly its size, so that AddressSanitizer sees what leaves it.
+//
+// Reads and writes of shared memory through load(), store() and copy_async() are compared with the
+// 32 banks: mla_cuda_emulation_wavefronts() has what a launch took, and what it would have taken
+// without conflicts.
 #pragma once
 
 #include <cmath>
@@ -39,7 +43,9 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void copy_async(void* shared, const void* global, int bytes);
 void commit_copies();
 void wait_copies(int pending);
-void expect_aligned(const void* at, size_t alignment);
+
+// Every load and store comes by here: checks the alignment, notes the banks.
+void touch(const void* at, size_t bytes, size_t alignment);
 
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t both = a | static_cast<uint64_t>(b) << 32;
@@ -70,3 +76,9 @@ inline float square_root(float x) { return std::sqrt(x); }
 inline float round_to_even(float x) { return std::nearbyint(x); }
 
 }  // namespace mla::cuda::emulation
+
+// Wavefronts of shared memory in launch `launch` (0: the first) since the last call with a negative
+// `launch`, which forgets all: taken, and without bank conflicts. 0 if there was such a launch.
+extern "C" __attribute__((visibility("default"))) int mla_cuda_emulation_wavefronts(int launch,
+                                                                                    int64_t* taken,
+                                                                                    int64_t* ideal);

@@ -21,8 +21,11 @@ struct HeadMatmul {
     static constexpr int kMinBlocks = 2;
     static constexpr int kTokens = 16 * Tiles;
     static constexpr int kColumns = 64;
-    static constexpr int kStride = kColumns + 4;  // floats of a row of partial sums
+    static constexpr int kStride = kColumns + 8;  // floats of a row of partial sums
     static constexpr int kSharedBytes = kWarps * kTokens * kStride * 4;
+
+    // Where a column lies in a row of partial sums: fragments are then written without conflicts.
+    static MLA_DEVICE int padded(int column) { return column + column / 32 * 4; }
 
     // Rows k to k + 1 of columns `column` to `column` + 7, of w [inner, width]; zeros outside.
     static MLA_DEVICE Words4 weights(const uint16_t* w, int inner, int width, int k, int column) {
@@ -70,7 +73,7 @@ struct HeadMatmul {
             MLA_UNROLL
             for (int i = 0; i < 4; ++i) {
                 const int token = 16 * t + group + 8 * (i / 2), column = 8 * (2 * quad + i % 2);
-                float* row = partial + (thread.warp() * kTokens + token) * kStride + column;
+                float* row = partial + (thread.warp() * kTokens + token) * kStride + padded(column);
                 MLA_UNROLL
                 for (int j = 0; j < 8; j += 4)
                     store<Floats4>(row + j, {sums[t][j][i], sums[t][j + 1][i], sums[t][j + 2][i],
@@ -84,7 +87,7 @@ struct HeadMatmul {
             float sum = 0;
             MLA_UNROLL
             for (int warp = 0; warp < kWarps; ++warp)
-                sum += partial[(warp * kTokens + token) * kStride + column];
+                sum += partial[(warp * kTokens + token) * kStride + padded(column)];
             out(token, first_column + column, sum);
         }
     }
