@@ -11,7 +11,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support.attention_case import AttentionCase, Dims, Error
-from support.cuda import Machine, build_emulation, cache_pages, gpu_machine, run_case
+from support.cuda import (
+    Machine,
+    build_emulation,
+    cache_pages,
+    emulation_wavefronts,
+    gpu_machine,
+    run_case,
+)
 
 from mla_deploy.runtime import _runtime
 
@@ -43,7 +50,7 @@ def check(machine: Machine, case: AttentionCase, splits: int = 0) -> torch.Tenso
     print(f"  kernel error       {kernel}")
     print(f"  quantisation error {cache_alone}")
     print(f"  both               {total}")
-    # Queries, dequantised latents, probabilities and merged latents are rounded to half once each.
+    # Queries, probabilities and merged latents are rounded to half once each; int8 latents too.
     assert kernel.relative < 2e-3
     assert kernel.cosine > 0.9999
     if case.cache_format != "fp16":
@@ -232,3 +239,19 @@ def test_pages_that_do_not_exist_are_reported(machine: Machine) -> None:
 def test_long_sequences_on_a_gpu(cache_format: str, heads: int) -> None:
     dims = Dims(heads=heads, nope=32, v=32)
     check(gpu_machine(), AttentionCase([9000, 130], [1, 1], dims=dims, cache_format=cache_format))
+
+
+@pytest.mark.parametrize(("cache_format", "most"), [("int4", 1.0), ("int8", 1.04), ("fp16", 1.06)])
+@pytest.mark.parametrize(("rank", "heads"), [(512, 16), (256, 32)])
+def test_shared_memory_is_read_without_bank_conflicts(
+    cache_format: str, most: float, rank: int, heads: int
+) -> None:
+    machine = Machine(build_emulation(), "cpu")
+    dims = Dims(heads=heads, nope=8, rank=rank, v=8)
+    emulation_wavefronts(forget=True)
+    run_case(machine, AttentionCase([200], [1], dims=dims, cache_format=cache_format))
+    _, queries, attend, _, outputs = emulation_wavefronts()
+    print(queries, attend, outputs)
+    assert queries[0] == queries[1] > 0
+    assert outputs[0] == outputs[1] > 0
+    assert 0 < attend[0] <= most * attend[1]

@@ -6,6 +6,7 @@ block's threads are fibers, the tensor cores' product and the asynchronous copie
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -68,6 +69,17 @@ def build_emulation(*flags: str) -> Path:
     linked.replace(library)
     shutil.rmtree(private)
     return library
+
+
+def emulation_wavefronts(forget: bool = False) -> list[tuple[int, int]]:
+    """Wavefronts of shared memory a launch: taken, and had there been no bank conflict."""
+    call = ctypes.CDLL(str(build_emulation())).mla_cuda_emulation_wavefronts
+    taken, ideal = ctypes.c_int64(), ctypes.c_int64()
+    found: list[tuple[int, int]] = []
+    launch = -1 if forget else 0
+    while call(launch + len(found), ctypes.byref(taken), ctypes.byref(ideal)) == 0:
+        found.append((taken.value, ideal.value))
+    return found
 
 
 def gpu_machine() -> Machine:

@@ -9,8 +9,14 @@
 //     softmax   16 threads a row: sums the quarters, masks, exponentials, probabilities in half
 //     values    a warp: all tokens, its own 64 channels; sums in registers
 //
-// A row's maximum is raised only when exceeded by 2^kSlack, so that sums are rarely rescaled.
-// What is left at the end are sums relative to a maximum; merge.h joins the runs of tiles.
+// Where a record is folded (formats.h), with c = scale * code + zero,
+//
+//     score = sum_g scale_g (q . codes)_g + zero_g (sum q)_g          a lane's few sums, in float
+//     value = sum_t (p scale)_t codes_t + sum_t p_t zero_t            p scale in half
+//
+// A row's maximum is raised only when exceeded by 2^kSlack, so that sums are rarely rescaled; p is
+// then at most 2^kSlack, which leaves (p scale) in half's range. What is left at the end are sums
+// relative to a maximum; merge.h joins the runs of tiles.
 #pragma once
 
 #include <type_traits>
@@ -20,7 +26,7 @@
 
 namespace mla::cuda {
 
-constexpr float kSlack = 8;
+constexpr float kSlack = 3;
 constexpr int kRowThreads = 16;  // of the softmax
 constexpr int kMaxRope = 64;
 
@@ -69,7 +75,9 @@ struct Attend {
     struct State {
         uint32_t q[kQuarterGroups][kGroupSteps][RowTiles][4];
         uint32_t q_pe[RowTiles][4];
+        float q_sum[kQuarterGroups][RowTiles][2];  // folded: of rows group and group + 8
         float o[RowTiles][kGroupTiles][4];
+        float o_zero[RowTiles][4];  // folded: the zeros' share, the same in all columns
         float max[kPasses], sum[kPasses];
         int visible[kPasses];  // tokens that the row sees
     };
@@ -90,16 +98,17 @@ struct Attend {
     // counts.
     static MLA_DEVICE float in_range(float x) { return max_of(min_of(x, 65504.0f), -65504.0f); }
 
-    // Four neighbouring channels of rows `row` and `row + 8` as an operand.
+    // Four neighbouring channels of rows `row` and `row + 8`, times `factor`, as an operand.
     template <bool Alternate>
-    static MLA_DEVICE void pack_query(const Rows& rows, int row, int channel, uint32_t (&a)[4]) {
+    static MLA_DEVICE void pack_query(const Rows& rows, int row, int channel, float factor,
+                                      uint32_t (&a)[4]) {
         MLA_UNROLL
         for (int i = 0; i < 2; ++i) {
             Floats4 x = {0, 0, 0, 0};
             if (row + 8 * i < rows.count) x = load<Floats4>(rows.at(row + 8 * i) + channel);
             const float second = Alternate ? x.z : x.y, third = Alternate ? x.y : x.z;
-            a[i] = pack_half2(in_range(x.x), in_range(second));
-            a[2 + i] = pack_half2(in_range(third), in_range(x.w));
+            a[i] = pack_half2(in_range(x.x) * factor, in_range(second) * factor);
+            a[2 + i] = pack_half2(in_range(third) * factor, in_range(x.w) * factor);
         }
     }
 
@@ -119,16 +128,32 @@ struct Attend {
         for (int r = 0; r < RowTiles; ++r) {
             MLA_UNROLL
             for (int g = 0; g < kQuarterGroups; ++g) {
+                float above = 0, below = 0;
                 MLA_UNROLL
-                for (int step = 0; step < kGroupSteps; ++step)
+                for (int step = 0; step < kGroupSteps; ++step) {
+                    uint32_t (&a)[4] = state.q[g][step][r];
+                    const float factor = Format::key_factor(step);
                     pack_query<Format::kAlternate>(
                         rows, 16 * r + group,
                         (quarter * kQuarterGroups + g) * kGroup + Format::key_channels(step, quad),
-                        state.q[g][step][r]);
+                        factor, a);
+                    // Of queries as rounded, so that codes and zeros still cancel.
+                    above += (half2_sum(a[0]) + half2_sum(a[2])) / factor;
+                    below += (half2_sum(a[1]) + half2_sum(a[3])) / factor;
+                }
+                if constexpr (Format::kFolded) {
+                    MLA_UNROLL
+                    for (int mask = 1; mask < 4; mask *= 2) {
+                        above += shuffle_xor(above, mask);
+                        below += shuffle_xor(below, mask);
+                    }
+                    state.q_sum[g][r][0] = above;
+                    state.q_sum[g][r][1] = below;
+                }
             }
             if (quarter < p.rope / kRopeGroup) {
                 pack_query<QuadChannels::kAlternate>(
-                    rows, 16 * r + group, Rank + QuadChannels::key_channels(quarter, quad),
+                    rows, 16 * r + group, Rank + QuadChannels::key_channels(quarter, quad), 1,
                     state.q_pe[r]);
             }
             MLA_UNROLL
@@ -136,6 +161,8 @@ struct Attend {
                 MLA_UNROLL
                 for (int i = 0; i < 4; ++i) state.o[r][j][i] = 0;
             }
+            MLA_UNROLL
+            for (int i = 0; i < 4; ++i) state.o_zero[r][i] = 0;
         }
     }
 
@@ -169,16 +196,36 @@ struct Attend {
         MLA_NO_UNROLL  // unrolled, its loads would take registers that there are not
             for (int i = 0; i < kScoreTiles; ++i) {
             const int first = 8 * (run * kScoreTiles + i), token = first + group;
-            float sums[RowTiles][4] = {};
+            float sums[RowTiles][4] = {}, folded[RowTiles][4] = {};
             MLA_UNROLL
             for (int g = 0; g < kQuarterGroups; ++g) {
+                const int channels = quarter * kQuarterGroups + g;
                 uint32_t b[kGroupSteps][2];
-                Format::template keys<Rank>(at, quarter * kQuarterGroups + g, token, quad, b);
-                MLA_UNROLL
-                for (int step = 0; step < kGroupSteps; ++step) {
+                Format::template keys<Rank>(at, channels, token, quad, b);
+                if constexpr (Format::kFolded) {
+                    const Floats2 scale =
+                        unpack_half2(Format::scales(at, channels, first + 2 * quad));
+                    const Floats2 zero =
+                        unpack_half2(Format::zeros(at, channels, first + 2 * quad));
                     MLA_UNROLL
-                    for (int r = 0; r < RowTiles; ++r)
-                        mma(sums[r], state.q[g][step][r], b[step][0], b[step][1]);
+                    for (int r = 0; r < RowTiles; ++r) {
+                        float products[4] = {};
+                        MLA_UNROLL
+                        for (int step = 0; step < kGroupSteps; ++step)
+                            mma(products, state.q[g][step][r], b[step][0], b[step][1]);
+                        MLA_UNROLL
+                        for (int k = 0; k < 4; ++k) {
+                            folded[r][k] += (k % 2 ? scale.y : scale.x) * products[k];
+                            sums[r][k] += (k % 2 ? zero.y : zero.x) * state.q_sum[g][r][k / 2];
+                        }
+                    }
+                } else {
+                    MLA_UNROLL
+                    for (int step = 0; step < kGroupSteps; ++step) {
+                        MLA_UNROLL
+                        for (int r = 0; r < RowTiles; ++r)
+                            mma(sums[r], state.q[g][step][r], b[step][0], b[step][1]);
+                    }
                 }
             }
             if (quarter < p.rope / kRopeGroup) {  // the same for a whole warp
@@ -189,6 +236,10 @@ struct Attend {
             }
             MLA_UNROLL
             for (int r = 0; r < RowTiles; ++r) {
+                if constexpr (Format::kFolded) {
+                    MLA_UNROLL
+                    for (int k = 0; k < 4; ++k) sums[r][k] += Format::kUnit * folded[r][k];
+                }
                 float* row = out + (quarter * kRows + 16 * r + group) * kScoreStride + first;
                 store<Floats2>(row + 2 * quad, {sums[r][0], sums[r][1]});
                 store<Floats2>(row + 8 * kScoreStride + 2 * quad, {sums[r][2], sums[r][3]});
@@ -261,6 +312,8 @@ struct Attend {
                 state.o[r][j][2] *= below;
                 state.o[r][j][3] *= below;
             }
+            state.o_zero[r][0] *= alpha;
+            state.o_zero[r][2] *= below;
         }
         MLA_NO_UNROLL
         for (int step = 0; step < kTile / 16; ++step) {
@@ -270,9 +323,18 @@ struct Attend {
             for (int r = 0; r < RowTiles; ++r) {
                 const uint8_t* row =
                     probabilities + ((16 * r + group) * kProbStride + 16 * step + 2 * quad) * 2;
-                const uint32_t a[4] = {
-                    load<uint32_t>(row), load<uint32_t>(row + 8 * kProbStride * 2),
-                    load<uint32_t>(row + 16), load<uint32_t>(row + 8 * kProbStride * 2 + 16)};
+                uint32_t a[4] = {load<uint32_t>(row), load<uint32_t>(row + 8 * kProbStride * 2),
+                                 load<uint32_t>(row + 16),
+                                 load<uint32_t>(row + 8 * kProbStride * 2 + 16)};
+                if constexpr (Format::kFolded) {
+                    const int token = 16 * step + 2 * quad;
+                    mma(state.o_zero[r], a, Format::zeros(at, thread.warp(), token),
+                        Format::zeros(at, thread.warp(), token + 8));
+                    MLA_UNROLL
+                    for (int i = 0; i < 4; ++i)
+                        a[i] =
+                            half2_mul(a[i], Format::scales(at, thread.warp(), token + i / 2 * 8));
+                }
                 MLA_UNROLL
                 for (int j = 0; j < kGroupTiles; ++j) mma(state.o[r][j], a, b[j][0], b[j][1]);
             }
@@ -280,6 +342,13 @@ struct Attend {
     }
 
     // ---- the end ----------------------------------------------------------------------------
+
+    static MLA_DEVICE float value_of(const State& state, int r, int tile, int i) {
+        if constexpr (Format::kFolded)
+            return Format::value_factor(tile) * state.o[r][tile][i] + state.o_zero[r][i / 2 * 2];
+        else
+            return state.o[r][tile][i];
+    }
 
     static MLA_DEVICE void finish(const Params& p, int64_t first_row, const Rows& rows, int split,
                                   const Thread& thread, State& state) {
@@ -307,9 +376,10 @@ struct Attend {
                     MLA_UNROLL
                     for (int j = 0; j < kGroupTiles; j += 4) {
                         const int i = 2 * below + odd;
-                        store<Floats4>(o + Format::value_channel(j, 2 * quad + odd),
-                                       {state.o[r][j][i], state.o[r][j + 1][i],
-                                        state.o[r][j + 2][i], state.o[r][j + 3][i]});
+                        store<Floats4>(
+                            o + Format::value_channel(j, 2 * quad + odd),
+                            {value_of(state, r, j, i), value_of(state, r, j + 1, i),
+                             value_of(state, r, j + 2, i), value_of(state, r, j + 3, i)});
                     }
                 }
             }

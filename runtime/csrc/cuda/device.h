@@ -127,13 +127,6 @@ MLA_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     return __byte_perm(a, b, selector);
 }
 
-// (x & mask) | bits in one instruction; written in C++ it becomes two, one a constant.
-MLA_DEVICE uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
-    uint32_t out;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(x), "r"(mask), "r"(bits));
-    return out;
-}
-
 MLA_DEVICE __half2 as_half2(uint32_t bits) { return *reinterpret_cast<const __half2*>(&bits); }
 MLA_DEVICE uint32_t as_bits(__half2 x) { return *reinterpret_cast<const uint32_t*>(&x); }
 
@@ -146,10 +139,6 @@ MLA_DEVICE uint32_t half2_sub(uint32_t a, uint32_t b) {
 MLA_DEVICE uint32_t half2_mul(uint32_t a, uint32_t b) {
     return as_bits(__hmul2(as_half2(a), as_half2(b)));
 }
-MLA_DEVICE uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
-    return as_bits(__hfma2(as_half2(a), as_half2(b), as_half2(c)));
-}
-
 // 2^x, to about 2 units in the last place; exactly 1 for 0 and 0 for -1e30.
 MLA_DEVICE float exp2_fast(float x) {
     float y;
@@ -191,7 +180,6 @@ inline uint16_t half_bits(float x) { return emulation::half_bits(x); }
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     return emulation::permute(a, b, selector);
 }
-inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
 inline uint32_t pack_half2(float low, float high) {
     return half_bits(low) | static_cast<uint32_t>(half_bits(high)) << 16;
 }
@@ -200,9 +188,6 @@ inline uint32_t half2_sub(uint32_t a, uint32_t b) {
 }
 inline uint32_t half2_mul(uint32_t a, uint32_t b) {
     return emulation::by_halves(a, b, 0, [](float x, float y, float) { return x * y; });
-}
-inline uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
-    return emulation::by_halves(a, b, c, [](float x, float y, float z) { return x * y + z; });
 }
 inline float exp2_fast(float x) { return emulation::exp2_flushed(x); }
 inline float add_exact(float a, float b) { return a + b; }
@@ -229,8 +214,12 @@ MLA_DEVICE void store(void* at, T value) {
     *static_cast<T*>(at) = value;
 }
 
+MLA_DEVICE Floats2 unpack_half2(uint32_t pair) {
+    return {half_value(static_cast<uint16_t>(pair)), half_value(static_cast<uint16_t>(pair >> 16))};
+}
 MLA_DEVICE float half2_sum(uint32_t pair) {
-    return half_value(static_cast<uint16_t>(pair)) + half_value(static_cast<uint16_t>(pair >> 16));
+    const Floats2 x = unpack_half2(pair);
+    return x.x + x.y;
 }
 
 MLA_DEVICE float max_of(float a, float b) { return a > b ? a : b; }

@@ -7,8 +7,13 @@
 //   scores   index k of 16-channel step `step` of a group: key_channel(); queries follow it
 //   values   column n of the group's 8-column tile j: value_channel(); outputs follow it
 //
-// Everything becomes half: codes exactly, c = scale * code + zero rounded once. A lane's place in a
-// fragment is device.h's: group = lane / 4 is the column, quad = lane % 4 gives the rows.
+// A lane's place in a fragment is device.h's: group = lane / 4 is the column, quad = lane % 4 gives
+// the rows. A record is one of two kinds:
+//
+//   decoded  operands are latents in half, rounded once
+//   folded   operands are codes. A code in the lowest bits of a half is that number times 2^-24, a
+//            subnormal, which the tensor cores take as it is: so nibbles become operands by a mask,
+//            and scales and zeros are left to the few sums of a group (attend.h).
 #pragma once
 
 #include "cuda/tile.h"
@@ -21,8 +26,6 @@ constexpr int kGroupTiles = kGroup / 8;   // column tiles of values a group
 // 1024 + x has x in its lowest bits, for whole numbers x below 1024.
 constexpr uint32_t k1024 = 0x64006400;
 constexpr uint32_t k1152 = 0x64806480;
-constexpr uint32_t kMinus64 = 0xd400d400;
-constexpr uint32_t kSixteenth = 0x2c002c00;
 
 MLA_DEVICE uint32_t twice(uint32_t half) { return permute(half, half, 0x1010); }
 
@@ -49,6 +52,8 @@ struct RopeCodes {
 
 // Four channels of a word side by side: int8 and fp16, and the rope key of every record.
 struct QuadChannels {
+    static constexpr bool kFolded = false;
+    static MLA_CONSTEXPR float key_factor(int) { return 1; }
     static constexpr bool kAlternate = false;  // b0 is channels 0, 1 of the four, b1 is 2, 3
     static MLA_CONSTEXPR int key_channels(int step, int quad) { return 16 * step + 4 * quad; }
     static MLA_CONSTEXPR int value_channel(int tile, int column) {
@@ -75,28 +80,37 @@ struct Int4Format {
     }
     static MLA_CONSTEXPR int value_channel(int tile, int column) { return 8 * column + tile; }
 
-    // Codes of both halves at a nibble: bits 0 to 3 or, sixteen times as large, 4 to 7 of each.
-    static MLA_DEVICE uint32_t low(uint32_t word) {
-        return half2_sub(and_or(word, 0x000f000fu, k1024), k1024);
+    // Both halves' code at a nibble, times 2^-24 in the low ones and 2^-20 in the high ones.
+    static MLA_DEVICE uint32_t low(uint32_t word) { return word & 0x000f000fu; }
+    static MLA_DEVICE uint32_t high(uint32_t word) { return word & 0x00f000f0u; }
+
+    // What queries of a step are multiplied by, and sums of a tile of values: high nibbles
+    // weigh 16.
+    static constexpr bool kFolded = true;
+    static constexpr float kUnit = 16777216;  // 2^24
+    static MLA_CONSTEXPR float key_factor(int step) { return step % 2 ? 1.0f / 16 : 1.0f; }
+    static MLA_CONSTEXPR float value_factor(int tile) { return tile < 4 ? kUnit : kUnit / 16; }
+
+    // Scales and zeros of tokens `token` (even) and `token` + 1, in half.
+    static MLA_DEVICE uint32_t scales(const uint8_t* const (&at)[kMaxParts], int group, int token) {
+        return load<uint32_t>(at[1] + TilePart<kTile>::column(group, token));
     }
-    static MLA_DEVICE uint32_t high(uint32_t word) {
-        return half2_fma(and_or(word, 0x00f000f0u, k1024), kSixteenth, kMinus64);
+    static MLA_DEVICE uint32_t zeros(const uint8_t* const (&at)[kMaxParts], int group, int token) {
+        return load<uint32_t>(at[2] + TilePart<kTile>::column(group, token));
     }
 
     template <int Rank>
     static MLA_DEVICE void keys(const uint8_t* const (&at)[kMaxParts], int group, int token,
                                 int quad, uint32_t (&b)[kGroupSteps][2]) {
         using At = TilePart<kTile>;
-        const uint32_t scale = twice(load<uint16_t>(at[1] + At::column(group, token)));
-        const uint32_t zero = twice(load<uint16_t>(at[2] + At::column(group, token)));
         MLA_UNROLL
         for (int half = 0; half < 2; ++half) {
             const uint32_t word =
                 load<uint32_t>(at[0] + At::blocked(Rank / 8, 8 * group + 4 * half + quad, token));
-            b[2 * half][0] = half2_fma(low(word), scale, zero);
-            b[2 * half][1] = half2_fma(low(word >> 8), scale, zero);
-            b[2 * half + 1][0] = half2_fma(high(word), scale, zero);
-            b[2 * half + 1][1] = half2_fma(high(word >> 8), scale, zero);
+            b[2 * half][0] = low(word);
+            b[2 * half][1] = low(word >> 8);
+            b[2 * half + 1][0] = high(word);
+            b[2 * half + 1][1] = high(word >> 8);
         }
     }
 
@@ -115,15 +129,13 @@ struct Int4Format {
             const int token = 16 * step + 8 * i + 2 * quad;
             const Words2 words =
                 load<Words2>(at[0] + At::blocked(Rank / 8, 8 * group + column, token));
-            const uint32_t scale = load<uint32_t>(at[1] + At::column(group, token));
-            const uint32_t zero = load<uint32_t>(at[2] + At::column(group, token));
             MLA_UNROLL
             for (int half = 0; half < 2; ++half) {
                 const uint32_t pair = permute(words.x, words.y, half ? 0x7632 : 0x5410);
-                b[2 * half][i] = half2_fma(low(pair), scale, zero);
-                b[2 * half + 1][i] = half2_fma(low(pair >> 8), scale, zero);
-                b[2 * half + 4][i] = half2_fma(high(pair), scale, zero);
-                b[2 * half + 5][i] = half2_fma(high(pair >> 8), scale, zero);
+                b[2 * half][i] = low(pair);
+                b[2 * half + 1][i] = low(pair >> 8);
+                b[2 * half + 4][i] = high(pair);
+                b[2 * half + 5][i] = high(pair >> 8);
             }
         }
     }
