@@ -363,4 +363,11 @@ mla_cuda_status mla_cuda_latent_attention(const mla_cuda_attention* attention, v
     return attend(*attention, stream);
 }
 
+mla_cuda_status mla_cuda_copy(void* to, const void* from, size_t bytes, void* stream) {
+    using namespace mla::cuda;
+    MLA_EXPECT((to && from) || bytes == 0, "mla_cuda_copy: a null pointer");
+    MLA_LAUNCH(copy_on_device(to, from, bytes, stream));
+    return MLA_CUDA_OK;
+}
+
 }  // extern "C"

@@ -24,6 +24,8 @@ struct Device {
 // The current device.
 Failure current_device(Device* device);
 
+Failure copy_on_device(void* to, const void* from, size_t bytes, Stream stream);
+
 struct Grid {
     int64_t x, y, z;
 };

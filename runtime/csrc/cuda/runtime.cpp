@@ -2,6 +2,8 @@
 
 #ifdef MLA_CUDA_EMULATION
 
+#include <cstring>
+
 namespace mla::cuda {
 
 const char* failure_text(Failure) { return "the emulation does not fail"; }
@@ -9,6 +11,11 @@ const char* failure_text(Failure) { return "the emulation does not fail"; }
 // The least that a supported device has, and short rounds, so that tests come to every limit.
 Failure current_device(Device* device) {
     *device = {4, 99 << 10, 100 << 10, 86, 96};
+    return 0;
+}
+
+Failure copy_on_device(void* to, const void* from, size_t bytes, Stream) {
+    std::memcpy(to, from, bytes);
     return 0;
 }
 
@@ -45,6 +52,11 @@ Failure current_device(Device* device) {
     device->compute_capability = 10 * major + minor;
     device->round_rows = 16384;
     return 0;
+}
+
+Failure copy_on_device(void* to, const void* from, size_t bytes, Stream stream) {
+    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice,
+                           static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace mla::cuda

@@ -125,6 +125,9 @@ MLA_API mla_cuda_status mla_cuda_latent_append(const mla_cuda_attention* attenti
 MLA_API mla_cuda_status mla_cuda_latent_attention(const mla_cuda_attention* attention,
                                                   void* stream);
 
+/* Copies on the device, for a cache that must not be written in place. */
+MLA_API mla_cuda_status mla_cuda_copy(void* to, const void* from, size_t bytes, void* stream);
+
 #ifdef __cplusplus
 }
 #endif
