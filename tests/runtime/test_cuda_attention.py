@@ -51,7 +51,7 @@ def check(machine: Machine, case: AttentionCase, splits: int = 0) -> torch.Tenso
     print(f"  quantisation error {cache_alone}")
     print(f"  both               {total}")
     # Queries, probabilities and merged latents are rounded to half once each; int8 latents too.
-    assert kernel.relative < 2e-3
+    assert kernel.relative < 3e-3
     assert kernel.cosine > 0.9999
     if case.cache_format != "fp16":
         assert total.relative < cache_alone.relative * 1.1
@@ -99,7 +99,7 @@ def test_splits_are_merged(machine: Machine, cache_format: str) -> None:
     whole = check(machine, case, splits=1)
     for splits in (2, 5, 16):
         cut = check(machine, case, splits=splits)
-        assert Error.of(case.real(cut), case.real(whole).double()).relative < 2e-3
+        assert Error.of(case.real(cut), case.real(whole).double()).relative < 3e-3
 
 
 @pytest.mark.parametrize("cache_format", FORMATS)
@@ -159,7 +159,7 @@ def test_a_prompt_in_chunks_equals_the_whole(machine: Machine, cache_format: str
         pieces.append(output)
     for one, other in zip(expected_cache, cache, strict=True):
         assert torch.equal(one, other)
-    assert Error.of(torch.cat(pieces, 1), expected.double()).relative < 2e-3
+    assert Error.of(torch.cat(pieces, 1), expected.double()).relative < 3e-3
 
 
 @pytest.mark.parametrize("cache_format", FORMATS)
@@ -206,7 +206,7 @@ def test_half_precision_activations_and_strides(machine: Machine, dtype: torch.d
     output, cache = run_case(machine, case, dtype=dtype, padding=8)
     error = Error.of(case.real(output), case.oracle(cache))
     print(error)
-    assert error.relative < (2e-3 if dtype == torch.float16 else 6e-3)
+    assert error.relative < (3e-3 if dtype == torch.float16 else 8e-3)
 
 
 def test_long_calls_run_in_rounds(machine: Machine) -> None:

@@ -32,7 +32,7 @@ SOURCES = ROOT / "runtime" / "csrc" / "cuda"
 INCLUDES = [f"-I{ROOT / 'runtime' / folder}" for folder in ("csrc", "include")]
 KERNELS = ("latent_attention", "attend_int4", "attend_int8", "attend_fp16")
 # Memory is read as other types than it was written in; nvcc assumes nothing there, nor may we.
-FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"]
+FLAGS = ["-std=c++17", "-O0", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"]
 
 
 def build_emulation(*flags: str) -> Path:
