@@ -76,15 +76,21 @@ template <class X>
 struct Matmul {
     using F = typename X::F;
 
+    // Rows of w read side by side. A decode step reads w once, from memory: few long runs at a time
+    // come faster than a column of short ones.
+    static constexpr int kDepth = 8;
+
+    // Adds rows [begin, end) of w.
     template <int R, int C, WeightLayout L>
-    static void tile(const MatmulTask& task, int column) {
+    static void tile(const MatmulTask& task, int column, int begin, int end) {
         F sums[R][C];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-            for (int j = 0; j < C; ++j) sums[r][j] = X::set(0);
+            for (int j = 0; j < C; ++j)
+                sums[r][j] = begin ? X::load(task.out[r] + column + 16 * j) : X::set(0);
         constexpr int step = L == WeightLayout::kPairsBf16 ? 2 : 1;
-        for (int k = 0; k < task.k; k += step) {
+        for (int k = begin; k < end; k += step) {
 #pragma GCC unroll 4
             for (int j = 0; j < C; ++j) {
                 const int64_t at = k * task.stride + (column + 16 * j) * step;
@@ -116,7 +122,7 @@ struct Matmul {
 #pragma GCC unroll 4
             for (int j = 0; j < C; ++j) {
                 F sum = sums[r][j];
-                if constexpr (L == WeightLayout::kRowsInt8)
+                if (L == WeightLayout::kRowsInt8 && end == task.k)
                     sum = X::mul(sum, X::load(task.scale + column + 16 * j));
                 X::store(task.out[r] + column + 16 * j, sum);
             }
@@ -128,9 +134,12 @@ struct Matmul {
             if (task.rows < R) return rows<R - 1, L>(task);
         }
         constexpr int C = X::kFloatColumns;
-        int column = 0;
-        for (; column + 16 * C <= task.n; column += 16 * C) tile<R, C, L>(task, column);
-        for (; column < task.n; column += 16) tile<R, 1, L>(task, column);
+        for (int k = 0; k < task.k; k += kDepth) {
+            const int end = k + kDepth < task.k ? k + kDepth : task.k;
+            int column = 0;
+            for (; column + 16 * C <= task.n; column += 16 * C) tile<R, C, L>(task, column, k, end);
+            for (; column < task.n; column += 16) tile<R, 1, L>(task, column, k, end);
+        }
     }
 
     static void run(const MatmulTask& task) {

@@ -13,6 +13,27 @@ struct QuantDot : QuantState<X> {
     using F = typename X::F;
     using I = typename X::I;
 
+    template <int P, int R, int C>
+    static void clear(I (&sums)[P][R][C]) {
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+                for (int c = 0; c < C; ++c) sums[p][r][c] = X::zero();
+    }
+
+    template <int P, int R, int C>
+    static void add_pairs(I (&sums)[P][R][C], const I (&pairs)[P][R][C]) {
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+                for (int c = 0; c < C; ++c)
+                    sums[p][r][c] = X::add_pairs(sums[p][r][c], pairs[p][r][c]);
+    }
+
     // ---- scores -----------------------------------------------------------------------------
 
     // Codes as lines of 16 tokens x 4 channels, in the kind that the dot takes.
@@ -52,28 +73,38 @@ struct QuantDot : QuantState<X> {
     template <int R, int T, int Planes, bool Nibbles>
     static void score_tile(const ScoreGroup& g, int row, float* scores) {
         I sums[Planes][R][T];
+        clear(sums);
+        const auto add = [&](I(&to)[Planes][R][T], int from, int end,
+                             const auto& dot) __attribute__((always_inline)) {
+#pragma GCC unroll 1  // else the sums of a few steps are spilled
+            for (int k = from; k < end; ++k) {
+                I line[T];
 #pragma GCC unroll 2
-        for (int p = 0; p < Planes; ++p)
+                for (int t = 0; t < T; ++t)
+                    line[t] =
+                        X::load(static_cast<const void*>(g.codes + t * g.block_stride + k * kLine));
+#pragma GCC unroll 2
+                for (int p = 0; p < Planes; ++p)
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r)
+                    for (int r = 0; r < R; ++r) {
+                        const I query = X::broadcast_dword(g.q[p] + (row + r) * g.q_stride + 4 * k);
 #pragma GCC unroll 2
-                for (int t = 0; t < T; ++t) sums[p][r][t] = X::zero();
-        for (int k = 0; k < g.lines; ++k) {
-            I line[T];
-#pragma GCC unroll 2
-            for (int t = 0; t < T; ++t)
-                line[t] =
-                    X::load(static_cast<const void*>(g.codes + t * g.block_stride + k * kLine));
-#pragma GCC unroll 2
-            for (int p = 0; p < Planes; ++p)
-#pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) {
-                    const I query = X::broadcast_dword(g.q[p] + (row + r) * g.q_stride + 4 * k);
-#pragma GCC unroll 2
-                    for (int t = 0; t < T; ++t)
-                        sums[p][r][t] = Nibbles ? X::dot_int4(sums[p][r][t], line[t], query)
-                                                : X::dot_int8(sums[p][r][t], line[t], query);
-                }
+                        for (int t = 0; t < T; ++t) to[p][r][t] = dot(to[p][r][t], line[t], query);
+                    }
+            }
+        };
+        if constexpr (!Nibbles) {
+            add(sums, 0, g.lines, [](I x, I y, I z) { return X::dot_int8(x, y, z); });
+        } else if constexpr (X::kPairSteps == 0) {
+            add(sums, 0, g.lines, [](I x, I y, I z) { return X::dot_int4(x, y, z); });
+        } else {
+            for (int k = 0; k < g.lines; k += X::kPairSteps) {
+                I pairs[Planes][R][T];
+                clear(pairs);
+                add(pairs, k, k + X::kPairSteps,
+                    [](I x, I y, I z) { return X::dot_pairs(x, y, z); });
+                add_pairs(sums, pairs);
+            }
         }
 #pragma GCC unroll 2
         for (int t = 0; t < T; ++t) {
@@ -287,27 +318,38 @@ struct QuantDot : QuantState<X> {
                            int64_t quad_stride, const uint8_t* p, int64_t p_stride,
                            int64_t plane_stride) {
         I sums[Planes][R][C];
+        clear(sums);
+        const auto add = [&](I(&to)[Planes][R][C], int from, int end,
+                             const auto& dot) __attribute__((always_inline)) {
+#pragma GCC unroll 1
+            for (int quad = from; quad < end; ++quad) {
+                I codes[C];
+#pragma GCC unroll 4
+                for (int j = 0; j < C; ++j)
+                    codes[j] =
+                        X::load(static_cast<const void*>(values + quad * quad_stride + j * kLine));
 #pragma GCC unroll 2
-        for (int n = 0; n < Planes; ++n)
+                for (int n = 0; n < Planes; ++n)
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r)
+                    for (int r = 0; r < R; ++r) {
+                        const I x =
+                            X::broadcast_dword(p + n * plane_stride + r * p_stride + 4 * quad);
 #pragma GCC unroll 4
-                for (int j = 0; j < C; ++j) sums[n][r][j] = X::zero();
-        for (int quad = 0; quad < kPageTokens / 4; ++quad) {
-            I codes[C];
-#pragma GCC unroll 4
-            for (int j = 0; j < C; ++j)
-                codes[j] =
-                    X::load(static_cast<const void*>(values + quad * quad_stride + j * kLine));
-#pragma GCC unroll 2
-            for (int n = 0; n < Planes; ++n)
-#pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) {
-                    const I x = X::broadcast_dword(p + n * plane_stride + r * p_stride + 4 * quad);
-#pragma GCC unroll 4
-                    for (int j = 0; j < C; ++j)
-                        sums[n][r][j] = X::dot_values(sums[n][r][j], x, codes[j]);
-                }
+                        for (int j = 0; j < C; ++j) to[n][r][j] = dot(to[n][r][j], x, codes[j]);
+                    }
+            }
+        };
+        constexpr int kQuads = kPageTokens / 4;
+        if constexpr (Planes == 2 || X::kPairSteps == 0) {
+            add(sums, 0, kQuads, [](I x, I y, I z) { return X::dot_values(x, y, z); });
+        } else {  // one plane: the codes are centred nibbles
+            for (int quad = 0; quad < kQuads; quad += X::kPairSteps) {
+                I pairs[Planes][R][C];
+                clear(pairs);
+                add(pairs, quad, quad + X::kPairSteps,
+                    [](I x, I y, I z) { return X::dot_pairs(x, y, z); });
+                add_pairs(sums, pairs);
+            }
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r)

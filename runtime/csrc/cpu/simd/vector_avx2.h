@@ -19,9 +19,12 @@ struct Avx2 {
 
 #if defined(__AVXVNNI__)
     static constexpr bool kUnsignedCodes = true;
+    static constexpr int kPairSteps = 0;
 #else
     // vpmaddubsw adds two products in 16 bit: signed codes keep int8's from saturating.
     static constexpr bool kUnsignedCodes = false;
+    // Eight such pairs of an int4 code fit 16 bit: 8 * 2 * 15 * 127 and 8 * 2 * 8 * 255 < 2^15.
+    static constexpr int kPairSteps = 8;
 #endif
     static constexpr int kMaxProbability = 255;
     static constexpr int kCentreScale = 1;
@@ -168,8 +171,27 @@ struct Avx2 {
         return _mm256_dpbusd_avx_epi32(sums, u, s);
 #else
         const __m256i pairs = _mm256_maddubs_epi16(u, s);
-        return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        __asm__("vpaddd %1, %0, %0"  // see add_words()
+                : "+x"(sums)
+                : "x"(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
+        return sums;
 #endif
+    }
+    // Left to itself, GCC computes all products of a step before the first sum, and spills the
+    // sums.
+    static void add_words(__m256i& sum, __m256i x) {
+        __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x));
+    }
+    // Pairs of products in 16 bit, where one of the two is an int4 code.
+    static I dot_pairs(I pairs, I u, I s) {
+        add_words(pairs.a, _mm256_maddubs_epi16(u.a, s.a));
+        add_words(pairs.b, _mm256_maddubs_epi16(u.b, s.b));
+        return pairs;
+    }
+    static I add_pairs(I sums, I pairs) {
+        const __m256i ones = _mm256_set1_epi16(1);
+        return add_dwords(sums,
+                          {_mm256_madd_epi16(pairs.a, ones), _mm256_madd_epi16(pairs.b, ones)});
     }
     static I dot_int4(I sums, I codes, I query) {
         return {dot(sums.a, codes.a, query.a), dot(sums.b, codes.b, query.b)};

@@ -14,8 +14,10 @@ struct Avx512 {
     using I = __m512i;  // 16 dwords or 64 bytes
 
     static constexpr bool kUnsignedCodes = true;  // vpdpbusd: unsigned codes, signed queries
-    static constexpr int kMaxProbability = 255;   // unsigned probabilities, signed codes
-    static constexpr int kCentreScale = 16;       // centred codes stay in the high nibble
+    // Products that are added in pairs of 16 bit before they go to 32; 0: they go at once.
+    static constexpr int kPairSteps = 0;
+    static constexpr int kMaxProbability = 255;  // unsigned probabilities, signed codes
+    static constexpr int kCentreScale = 16;      // centred codes stay in the high nibble
     static constexpr int kScoreRows = 8;
     static constexpr int kScoreBlocks = 2;
     static constexpr int kValueRows = 4;  // 4 rows x 4 columns of sums

@@ -18,6 +18,7 @@ struct Neon {
     };
 
     static constexpr bool kUnsignedCodes = false;
+    static constexpr int kPairSteps = 0;
     static constexpr int kMaxProbability = 127;  // sdot: both sides signed
     static constexpr int kCentreScale = 1;
     static constexpr int kScoreRows = 4;
