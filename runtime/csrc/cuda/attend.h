@@ -193,8 +193,9 @@ struct Attend {
         float* out = reinterpret_cast<float*>(thread.shared);
         const int group = thread.lane() / 4, quad = thread.lane() % 4;
         const int quarter = thread.warp() % kQuarters, run = thread.warp() / kQuarters;
-        MLA_NO_UNROLL  // unrolled, its loads would take registers that there are not
-            for (int i = 0; i < kScoreTiles; ++i) {
+        // Unrolled, its loads would take registers that there are not.
+        MLA_NO_UNROLL
+        for (int i = 0; i < kScoreTiles; ++i) {
             const int first = 8 * (run * kScoreTiles + i), token = first + group;
             float sums[RowTiles][4] = {}, folded[RowTiles][4] = {};
             MLA_UNROLL

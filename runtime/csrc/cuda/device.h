@@ -184,10 +184,10 @@ inline uint32_t pack_half2(float low, float high) {
     return half_bits(low) | static_cast<uint32_t>(half_bits(high)) << 16;
 }
 inline uint32_t half2_sub(uint32_t a, uint32_t b) {
-    return emulation::by_halves(a, b, 0, [](float x, float y, float) { return x - y; });
+    return emulation::by_halves(a, b, [](float x, float y) { return x - y; });
 }
 inline uint32_t half2_mul(uint32_t a, uint32_t b) {
-    return emulation::by_halves(a, b, 0, [](float x, float y, float) { return x * y; });
+    return emulation::by_halves(a, b, [](float x, float y) { return x * y; });
 }
 inline float exp2_fast(float x) { return emulation::exp2_flushed(x); }
 inline float add_exact(float a, float b) { return a + b; }

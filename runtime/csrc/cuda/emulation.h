@@ -57,16 +57,16 @@ inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     return out;
 }
 
-// One operation on both halves, rounded once: float holds the products of halves exactly, and
-// sums to well below half precision.
+// One operation on both halves, rounded once: float holds products of halves exactly, and sums to
+// well below half precision.
 template <class Operation>
-uint32_t by_halves(uint32_t a, uint32_t b, uint32_t c, const Operation& operation) {
+uint32_t by_halves(uint32_t a, uint32_t b, const Operation& operation) {
     uint32_t out = 0;
     for (int shift = 0; shift < 32; shift += 16) {
         const auto half = [shift](uint32_t x) {
             return half_value(static_cast<uint16_t>(x >> shift));
         };
-        out |= static_cast<uint32_t>(half_bits(operation(half(a), half(b), half(c)))) << shift;
+        out |= static_cast<uint32_t>(half_bits(operation(half(a), half(b)))) << shift;
     }
     return out;
 }
