@@ -153,7 +153,8 @@ std::vector<Part> cache_parts(const Attributes& a) {
     return parts;
 }
 
-void check_types(const OrtApi& api, const OrtKernelInfo* info, const std::vector<Part>& parts) {
+void check_types(const OrtApi& api, const OrtKernelInfo* info, const std::vector<Part>& parts,
+                 Activations activations) {
     size_t inputs = 0, outputs = 0;
     check(api, api.KernelInfo_GetInputCount(info, &inputs));
     check(api, api.KernelInfo_GetOutputCount(info, &outputs));
@@ -166,7 +167,10 @@ void check_types(const OrtApi& api, const OrtKernelInfo* info, const std::vector
     }
     for (size_t i = 0; i < kCache; ++i) {
         const ONNXTensorElementDataType type = declared_type(api, info, i);
-        if (i == kWUk || i == kWUv) {
+        const bool is_weight = i == kWUk || i == kWUv;
+        if (activations == Activations::kFp16 && (is_weight || i == kQ || i == kKv)) {
+            require_type(kNames[i], type, {kHalf});
+        } else if (is_weight) {
             require_type(kNames[i], type, {kFloat, kHalf});
         } else {
             require_type(kNames[i], type, {i < kWUk ? kFloat : kInt64});

@@ -16,12 +16,12 @@ namespace mla::ort {
 
 // The node's inputs, in order; the parts of the cache follow, and are its outputs after `output`.
 enum Input : size_t {
-    kQ,            // [B, S, H * (N + R)] float32
-    kKv,           // [B, S, kv_lora_rank + R] float32
+    kQ,            // [B, S, H * (N + R)] float32; float16 on a GPU
+    kKv,           // [B, S, kv_lora_rank + R] float32; float16 on a GPU
     kCos,          // [B, S, R / 2] float32
     kSin,          // [B, S, R / 2] float32
-    kWUk,          // [H, N, kv_lora_rank] float32 or float16
-    kWUv,          // [H, kv_lora_rank, V] float32 or float16
+    kWUk,          // [H, N, kv_lora_rank] float32 or float16; float16 on a GPU
+    kWUv,          // [H, kv_lora_rank, V] as w_uk
     kBlockTable,   // [B, M] int64
     kPastLengths,  // [B] int64
     kNewLengths,   // [B] int64
@@ -59,8 +59,12 @@ Attributes read_attributes(const OrtApi& api, const OrtKernelInfo* info);
 // The record of `attributes.cache_format`. Throws Error if it cannot hold such a latent.
 std::vector<Part> cache_parts(const Attributes& attributes);
 
+// What q, kv and the weights are in: on the CPU float32, and weights in float16 too.
+enum class Activations { kFp32, kFp16 };
+
 // Throws Error if the node's inputs are not as many, or of other types.
-void check_types(const OrtApi& api, const OrtKernelInfo* info, const std::vector<Part>& parts);
+void check_types(const OrtApi& api, const OrtKernelInfo* info, const std::vector<Part>& parts,
+                 Activations activations);
 
 // Throws Error if a shape is not what it should be.
 Operands read_operands(const OrtApi& api, const OrtKernelContext* context,

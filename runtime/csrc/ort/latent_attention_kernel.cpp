@@ -143,7 +143,7 @@ LatentAttentionKernel::LatentAttentionKernel(const OrtApi& api, const OrtKernelI
       attributes_(read_attributes(api, info)),
       parts_(cache_parts(attributes_)),
       weights_(nullptr, cpu::free_weights) {
-    check_types(api, info, parts_);
+    check_types(api, info, parts_, Activations::kFp32);
     check_kernel(cpu::resolve_isa(cpu::Isa::kAuto, &isa_));
     const OrtValue* w_uk = constant_input(api, info, kWUk);
     const OrtValue* w_uv = constant_input(api, info, kWUv);

@@ -5,6 +5,9 @@
 
 #include "ort/host.h"
 #include "ort/latent_attention_kernel.h"
+#ifdef MLA_ORT_CUDA
+#include "ort/latent_attention_cuda_kernel.h"
+#endif
 
 namespace mla::ort {
 
@@ -34,11 +37,13 @@ ONNXTensorElementDataType input_type(size_t index) {
     return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
 }
 
+template <class Kernel>
 OrtStatus* create(const OrtApi& api, const OrtKernelInfo* info, void** kernel) {
-    return guarded(api, [&] { *kernel = new LatentAttentionKernel(api, info); });
+    return guarded(api, [&] { *kernel = new Kernel(api, info); });
 }
 
-OrtStatus* compute(const LatentAttentionKernel& kernel, OrtKernelContext* context) {
+template <class Kernel>
+OrtStatus* compute(const Kernel& kernel, OrtKernelContext* context) {
     return guarded(kernel.api, [&] { kernel.compute(context); });
 }
 
@@ -74,7 +79,9 @@ struct LatentAttentionOp : OrtCustomOp {
         ReleaseMayInplace = [](int*, int*) {};  // nothing was allocated
 
         CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info,
-                            void** kernel) { return create(*api, info, kernel); };
+                            void** kernel) {
+            return create<LatentAttentionKernel>(*api, info, kernel);
+        };
         KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
             return compute(*static_cast<const LatentAttentionKernel*>(kernel), context);
         };
@@ -82,11 +89,50 @@ struct LatentAttentionOp : OrtCustomOp {
     }
 };
 
+#ifdef MLA_ORT_CUDA
+
+// The same node for CUDAExecutionProvider, in float16. One schema serves both, so that all but
+// types, the provider and the kernel must be equal.
+struct LatentAttentionCudaOp : LatentAttentionOp {
+    LatentAttentionCudaOp() {
+        GetExecutionProviderType = [](const OrtCustomOp*) { return "CUDAExecutionProvider"; };
+        GetInputType = [](const OrtCustomOp*, size_t index) {
+            return index == kQ || index == kKv ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16
+                                               : input_type(index);
+        };
+        GetOutputType = [](const OrtCustomOp*, size_t index) {
+            return index == 0 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16
+                              : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+        };
+        CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info,
+                            void** kernel) {
+            return create<LatentAttentionCudaKernel>(*api, info, kernel);
+        };
+        KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+            return compute(*static_cast<const LatentAttentionCudaKernel*>(kernel), context);
+        };
+        KernelDestroy = [](void* kernel) {
+            delete static_cast<LatentAttentionCudaKernel*>(kernel);
+        };
+    }
+};
+
+#endif
+
 }  // namespace
 
 const OrtCustomOp* latent_attention_op() {
     static const LatentAttentionOp op;
     return &op;
+}
+
+const OrtCustomOp* latent_attention_cuda_op() {
+#ifdef MLA_ORT_CUDA
+    static const LatentAttentionCudaOp op;
+    return &op;
+#else
+    return nullptr;
+#endif
 }
 
 }  // namespace mla::ort

@@ -8,4 +8,7 @@ namespace mla::ort {
 // One description serves every session and every host; it lives as long as the library.
 const OrtCustomOp* latent_attention_op();
 
+// The same for CUDAExecutionProvider; null where the library was built without MLA_CUDA.
+const OrtCustomOp* latent_attention_cuda_op();
+
 }  // namespace mla::ort

@@ -23,6 +23,8 @@ OrtCustomOpDomain* domain(const OrtApi& api) {
     check(api, api.CreateCustomOpDomain("ai.mla_deploy", &raw));
     Domain made(raw, api.ReleaseCustomOpDomain);
     check(api, api.CustomOpDomain_Add(raw, latent_attention_op()));
+    if (const OrtCustomOp* op = latent_attention_cuda_op())
+        check(api, api.CustomOpDomain_Add(raw, op));
     domains.emplace(&api, std::move(made));
     return raw;
 }

@@ -1,0 +1,456 @@
+// Attention of a block of rows to a run of tiles of one sequence: the absorbed mode, in which keys
+// are the latents and the rotated key, and values the latents again.
+//
+// A block has one warp for each 64 latent channels (8 at rank 512) and 16 or 32 rows, that is heads
+// of one token or of several. The cache is read once for all of them. For each tile:
+//
+//     copies    the tile, stages ahead of its use
+//     scores    warp (quarter, run): a quarter of the channels, some tokens; queries in registers
+//     softmax   16 threads a row: sums the quarters, masks, exponentials, probabilities in half
+//     values    a warp: all tokens, its own 64 channels; sums in registers
+//
+// Where a record is folded (formats.h), with c = scale * code + zero,
+//
+//     score = sum_g scale_g (q . codes)_g + zero_g (sum q)_g          a lane's few sums, in float
+//     value = sum_t (p scale)_t codes_t + sum_t p_t zero_t            p scale in half
+//
+// A row's maximum is raised only when exceeded by 2^kSlack, so that sums are rarely rescaled; p is
+// then at most 2^kSlack, which leaves (p scale) in half's range. What is left at the end are sums
+// relative to a maximum; merge.h joins the runs of tiles.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/formats.h"
+#include "cuda/sequence.h"
+
+namespace mla::cuda {
+
+constexpr float kSlack = 3;
+constexpr int kRowThreads = 16;  // of the softmax
+constexpr int kMaxRope = 64;
+
+template <class Format, int Rank, int RowTiles>
+struct Attend {
+    static constexpr int kTile = Format::kTile;
+    static constexpr int kRows = 16 * RowTiles;
+    static constexpr int kWarps = Rank / kGroup;
+    static constexpr int kThreads = kWarps * kWarpLanes;
+    static constexpr int kMinBlocks = 16 / kWarps / RowTiles;  // an SM: what registers must allow
+
+    static constexpr int kQuarters = 4;
+    static constexpr int kRuns = kWarps / kQuarters;
+    static constexpr int kScoreTiles = kTile / 8 / kRuns;  // of 8 tokens, a warp
+    static constexpr int kQuarterGroups = Rank / kGroup / kQuarters;
+    static constexpr int kPasses = kRows * kRowThreads / kThreads;  // of the softmax
+    static constexpr int kThreadTokens = kTile / kRowThreads;
+
+    // A thread's scores and probabilities, each read or written at once.
+    static_assert(kThreadTokens == 2 || kThreadTokens == 4, "a vector of floats");
+    using ThreadScores = std::conditional_t<kThreadTokens == 4, Floats4, Floats2>;
+    using ThreadProbs = std::conditional_t<kThreadTokens == 4, Words2, Words1>;
+
+    // Rows of scores and probabilities are padded so that their reads and writes spread over banks.
+    static constexpr int kScoreStride = kTile + 8;  // floats
+    static constexpr int kProbStride = kTile + 8;   // halves
+
+    static MLA_CONSTEXPR int tile_bytes(int rope) {
+        int bytes = 0;
+        for (int i = 0; i < Format::kParts; ++i)
+            bytes += TilePart<kTile>::bytes(Format::part(i, Rank, rope));
+        return bytes;
+    }
+
+    // Shared memory: scores [quarter][row][token] float, probabilities [row][token] half,
+    // alpha [row] float, then the tiles.
+    static constexpr int kScoreBytes = kQuarters * kRows * kScoreStride * 4;
+    static constexpr int kProbBytes = kRows * kProbStride * 2;
+    static constexpr int kFixedBytes = kScoreBytes + kProbBytes + kRows * 4;
+
+    static MLA_CONSTEXPR int shared_bytes(int rope, int stages) {
+        return kFixedBytes + tile_bytes(rope) * stages;
+    }
+
+    // What one thread keeps. Arrays are indexed by constants only, so that they are registers.
+    struct State {
+        uint32_t q[kQuarterGroups][kGroupSteps][RowTiles][4];
+        uint32_t q_pe[RowTiles][4];
+        float q_sum[kQuarterGroups][RowTiles][2];  // folded: of rows group and group + 8
+        float o[RowTiles][kGroupTiles][4];
+        float o_zero[RowTiles][4];  // folded: the zeros' share, the same in all columns
+        float max[kPasses], sum[kPasses];
+        int visible[kPasses];  // tokens that the row sees
+    };
+
+    // ---- rows -------------------------------------------------------------------------------
+
+    struct Rows {
+        const float* first;  // of the sequence's rows of this round
+        int begin, count;    // this block's, among them
+        int stride;          // floats
+
+        MLA_DEVICE const float* at(int row) const {
+            return first + static_cast<int64_t>(begin + row) * stride;
+        }
+    };
+
+    // Beyond half's range a query saturates: its scores are then so far apart that only the order
+    // counts.
+    static MLA_DEVICE float in_range(float x) { return max_of(min_of(x, 65504.0f), -65504.0f); }
+
+    // Four neighbouring channels of rows `row` and `row + 8`, times `factor`, as an operand.
+    template <bool Alternate>
+    static MLA_DEVICE void pack_query(const Rows& rows, int row, int channel, float factor,
+                                      uint32_t (&a)[4]) {
+        MLA_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            Floats4 x = {0, 0, 0, 0};
+            if (row + 8 * i < rows.count) x = load<Floats4>(rows.at(row + 8 * i) + channel);
+            const float second = Alternate ? x.z : x.y, third = Alternate ? x.y : x.z;
+            a[i] = pack_half2(in_range(x.x) * factor, in_range(second) * factor);
+            a[2 + i] = pack_half2(in_range(third) * factor, in_range(x.w) * factor);
+        }
+    }
+
+    static MLA_DEVICE void start_rows(const Params& p, const Sequence& sequence, const Rows& rows,
+                                      const Thread& thread, State& state) {
+        MLA_UNROLL
+        for (int pass = 0; pass < kPasses; ++pass) {
+            const int row = pass * (kThreads / kRowThreads) + thread.index / kRowThreads;
+            state.max[pass] = kNothingSeen;
+            state.sum[pass] = 0;
+            const int step = p.first_step + (rows.begin + row) / p.heads;
+            state.visible[pass] = row < rows.count ? sequence.past + step + 1 : 0;
+        }
+        const int group = thread.lane() / 4, quad = thread.lane() % 4;
+        const int quarter = thread.warp() % kQuarters;
+        MLA_UNROLL
+        for (int r = 0; r < RowTiles; ++r) {
+            MLA_UNROLL
+            for (int g = 0; g < kQuarterGroups; ++g) {
+                float above = 0, below = 0;
+                MLA_UNROLL
+                for (int step = 0; step < kGroupSteps; ++step) {
+                    uint32_t (&a)[4] = state.q[g][step][r];
+                    const float factor = Format::key_factor(step);
+                    pack_query<Format::kAlternate>(
+                        rows, 16 * r + group,
+                        (quarter * kQuarterGroups + g) * kGroup + Format::key_channels(step, quad),
+                        factor, a);
+                    // Of queries as rounded, so that codes and zeros still cancel.
+                    above += (half2_sum(a[0]) + half2_sum(a[2])) / factor;
+                    below += (half2_sum(a[1]) + half2_sum(a[3])) / factor;
+                }
+                if constexpr (Format::kFolded) {
+                    MLA_UNROLL
+                    for (int mask = 1; mask < 4; mask *= 2) {
+                        above += shuffle_xor(above, mask);
+                        below += shuffle_xor(below, mask);
+                    }
+                    state.q_sum[g][r][0] = above;
+                    state.q_sum[g][r][1] = below;
+                }
+            }
+            if (quarter < p.rope / kRopeGroup) {
+                pack_query<QuadChannels::kAlternate>(
+                    rows, 16 * r + group, Rank + QuadChannels::key_channels(quarter, quad), 1,
+                    state.q_pe[r]);
+            }
+            MLA_UNROLL
+            for (int j = 0; j < kGroupTiles; ++j) {
+                MLA_UNROLL
+                for (int i = 0; i < 4; ++i) state.o[r][j][i] = 0;
+            }
+            MLA_UNROLL
+            for (int i = 0; i < 4; ++i) state.o_zero[r][i] = 0;
+        }
+    }
+
+    // ---- a tile -----------------------------------------------------------------------------
+
+    static MLA_DEVICE void start_copies(const Params& p, int64_t page, int first, int valid,
+                                        uint8_t* tile, int thread) {
+        MLA_UNROLL
+        for (int i = 0; i < Format::kParts; ++i) {
+            const Part part = Format::part(i, Rank, p.rope);
+            TilePart<kTile>::template copy<kThreads>(part, p.parts[i] + page * part.page_bytes(),
+                                                     first, valid, thread, tile);
+            tile += TilePart<kTile>::bytes(part);
+        }
+    }
+
+    static MLA_DEVICE void find_parts(const uint8_t* tile, int rope,
+                                      const uint8_t* (&at)[kMaxParts]) {
+        MLA_UNROLL
+        for (int i = 0; i < Format::kParts; ++i) {
+            at[i] = tile;
+            tile += TilePart<kTile>::bytes(Format::part(i, Rank, rope));
+        }
+    }
+
+    static MLA_DEVICE void scores(const Params& p, const uint8_t* const (&at)[kMaxParts],
+                                  const Thread& thread, const State& state) {
+        float* out = reinterpret_cast<float*>(thread.shared);
+        const int group = thread.lane() / 4, quad = thread.lane() % 4;
+        const int quarter = thread.warp() % kQuarters, run = thread.warp() / kQuarters;
+        // Unrolled, its loads would take registers that there are not.
+        MLA_NO_UNROLL
+        for (int i = 0; i < kScoreTiles; ++i) {
+            const int first = 8 * (run * kScoreTiles + i), token = first + group;
+            float sums[RowTiles][4] = {}, folded[RowTiles][4] = {};
+            MLA_UNROLL
+            for (int g = 0; g < kQuarterGroups; ++g) {
+                const int channels = quarter * kQuarterGroups + g;
+                uint32_t b[kGroupSteps][2];
+                Format::template keys<Rank>(at, channels, token, quad, b);
+                if constexpr (Format::kFolded) {
+                    const Floats2 scale =
+                        unpack_half2(Format::scales(at, channels, first + 2 * quad));
+                    const Floats2 zero =
+                        unpack_half2(Format::zeros(at, channels, first + 2 * quad));
+                    MLA_UNROLL
+                    for (int r = 0; r < RowTiles; ++r) {
+                        float products[4] = {};
+                        MLA_UNROLL
+                        for (int step = 0; step < kGroupSteps; ++step)
+                            mma(products, state.q[g][step][r], b[step][0], b[step][1]);
+                        MLA_UNROLL
+                        for (int k = 0; k < 4; ++k) {
+                            folded[r][k] += (k % 2 ? scale.y : scale.x) * products[k];
+                            sums[r][k] += (k % 2 ? zero.y : zero.x) * state.q_sum[g][r][k / 2];
+                        }
+                    }
+                } else {
+                    MLA_UNROLL
+                    for (int step = 0; step < kGroupSteps; ++step) {
+                        MLA_UNROLL
+                        for (int r = 0; r < RowTiles; ++r)
+                            mma(sums[r], state.q[g][step][r], b[step][0], b[step][1]);
+                    }
+                }
+            }
+            if (quarter < p.rope / kRopeGroup) {  // the same for a whole warp
+                uint32_t b[2];
+                Format::rope_keys(at, p.rope, quarter, token, quad, b);
+                MLA_UNROLL
+                for (int r = 0; r < RowTiles; ++r) mma(sums[r], state.q_pe[r], b[0], b[1]);
+            }
+            MLA_UNROLL
+            for (int r = 0; r < RowTiles; ++r) {
+                if constexpr (Format::kFolded) {
+                    MLA_UNROLL
+                    for (int k = 0; k < 4; ++k) sums[r][k] += Format::kUnit * folded[r][k];
+                }
+                float* row = out + (quarter * kRows + 16 * r + group) * kScoreStride + first;
+                store<Floats2>(row + 2 * quad, {sums[r][0], sums[r][1]});
+                store<Floats2>(row + 8 * kScoreStride + 2 * quad, {sums[r][2], sums[r][3]});
+            }
+        }
+    }
+
+    // first: the tile's first token in its sequence.
+    static MLA_DEVICE void softmax(int first, const Thread& thread, State& state) {
+        const float* scores = reinterpret_cast<const float*>(thread.shared);
+        uint8_t* probabilities = thread.shared + kScoreBytes;
+        float* alphas = reinterpret_cast<float*>(thread.shared + kScoreBytes + kProbBytes);
+        const int at = thread.index % kRowThreads * kThreadTokens;
+        MLA_UNROLL
+        for (int pass = 0; pass < kPasses; ++pass) {
+            const int row = pass * (kThreads / kRowThreads) + thread.index / kRowThreads;
+            float s[kThreadTokens] = {};
+            MLA_UNROLL
+            for (int quarter = 0; quarter < kQuarters; ++quarter) {
+                const float* from = scores + (quarter * kRows + row) * kScoreStride + at;
+                const auto some = load<ThreadScores>(from);
+                s[0] += some.x;
+                s[1] += some.y;
+                if constexpr (kThreadTokens == 4) {
+                    s[2] += some.z;
+                    s[3] += some.w;
+                }
+            }
+            const int seen = state.visible[pass] - first - at;  // of this thread's tokens
+            float top = kNothingSeen;
+            MLA_UNROLL
+            for (int i = 0; i < kThreadTokens; ++i)
+                if (i < seen) top = max_of(top, s[i]);
+            MLA_UNROLL
+            for (int mask = kRowThreads / 2; mask; mask /= 2)
+                top = max_of(top, shuffle_xor(top, mask));
+            const float max = top > state.max[pass] + kSlack ? top : state.max[pass];
+            const float alpha = exp2_fast(state.max[pass] - max);
+            float sum = state.sum[pass] * alpha;
+            // The sum takes the probabilities as rounded, so that weights add up to one.
+            const auto probability = [&](int i) { return i < seen ? exp2_fast(s[i] - max) : 0; };
+            ThreadProbs probs;
+            probs.x = pack_half2(probability(0), probability(1));
+            sum += half2_sum(probs.x);
+            if constexpr (kThreadTokens == 4) {
+                probs.y = pack_half2(probability(2), probability(3));
+                sum += half2_sum(probs.y);
+            }
+            store(probabilities + (row * kProbStride + at) * 2, probs);
+            state.max[pass] = max;
+            state.sum[pass] = sum;
+            if (at == 0) alphas[row] = alpha;
+        }
+    }
+
+    static MLA_DEVICE void values(const uint8_t* const (&at)[kMaxParts], const Thread& thread,
+                                  State& state) {
+        const uint8_t* probabilities = thread.shared + kScoreBytes;
+        const float* alphas =
+            reinterpret_cast<const float*>(thread.shared + kScoreBytes + kProbBytes);
+        const int group = thread.lane() / 4, quad = thread.lane() % 4;
+        MLA_UNROLL
+        for (int r = 0; r < RowTiles; ++r) {
+            const float alpha = alphas[16 * r + group], below = alphas[16 * r + group + 8];
+            if (alpha == 1 && below == 1) continue;
+            MLA_UNROLL
+            for (int j = 0; j < kGroupTiles; ++j) {
+                state.o[r][j][0] *= alpha;
+                state.o[r][j][1] *= alpha;
+                state.o[r][j][2] *= below;
+                state.o[r][j][3] *= below;
+            }
+            state.o_zero[r][0] *= alpha;
+            state.o_zero[r][2] *= below;
+        }
+        MLA_NO_UNROLL
+        for (int step = 0; step < kTile / 16; ++step) {
+            uint32_t b[kGroupTiles][2];
+            Format::template values<Rank>(at, thread.warp(), step, group, quad, b);
+            MLA_UNROLL
+            for (int r = 0; r < RowTiles; ++r) {
+                const uint8_t* row =
+                    probabilities + ((16 * r + group) * kProbStride + 16 * step + 2 * quad) * 2;
+                uint32_t a[4] = {load<uint32_t>(row), load<uint32_t>(row + 8 * kProbStride * 2),
+                                 load<uint32_t>(row + 16),
+                                 load<uint32_t>(row + 8 * kProbStride * 2 + 16)};
+                if constexpr (Format::kFolded) {
+                    const int token = 16 * step + 2 * quad;
+                    mma(state.o_zero[r], a, Format::zeros(at, thread.warp(), token),
+                        Format::zeros(at, thread.warp(), token + 8));
+                    MLA_UNROLL
+                    for (int i = 0; i < 4; ++i)
+                        a[i] =
+                            half2_mul(a[i], Format::scales(at, thread.warp(), token + i / 2 * 8));
+                }
+                MLA_UNROLL
+                for (int j = 0; j < kGroupTiles; ++j) mma(state.o[r][j], a, b[j][0], b[j][1]);
+            }
+        }
+    }
+
+    // ---- the end ----------------------------------------------------------------------------
+
+    static MLA_DEVICE float value_of(const State& state, int r, int tile, int i) {
+        if constexpr (Format::kFolded)
+            return Format::value_factor(tile) * state.o[r][tile][i] + state.o_zero[r][i / 2 * 2];
+        else
+            return state.o[r][tile][i];
+    }
+
+    static MLA_DEVICE void finish(const Params& p, int64_t first_row, const Rows& rows, int split,
+                                  const Thread& thread, State& state) {
+        MLA_UNROLL
+        for (int pass = 0; pass < kPasses; ++pass) {
+            float sum = state.sum[pass];
+            MLA_UNROLL
+            for (int mask = kRowThreads / 2; mask; mask /= 2) sum += shuffle_xor(sum, mask);
+            const int row = pass * (kThreads / kRowThreads) + thread.index / kRowThreads;
+            if (row < rows.count && thread.index % kRowThreads == 0)
+                store<Floats2>(p.partial + ((first_row + row) * p.splits + split) * 2,
+                               {state.max[pass], sum});
+        }
+        const int group = thread.lane() / 4, quad = thread.lane() % 4;
+        MLA_UNROLL
+        for (int r = 0; r < RowTiles; ++r) {
+            MLA_UNROLL
+            for (int below = 0; below < 2; ++below) {
+                const int row = 16 * r + 8 * below + group;
+                if (row >= rows.count) continue;
+                float* o = p.partial_o + ((first_row + row) * p.splits + split) * Rank +
+                           thread.warp() * kGroup;
+                MLA_UNROLL
+                for (int odd = 0; odd < 2; ++odd) {
+                    MLA_UNROLL
+                    for (int j = 0; j < kGroupTiles; j += 4) {
+                        const int i = 2 * below + odd;
+                        store<Floats4>(
+                            o + Format::value_channel(j, 2 * quad + odd),
+                            {value_of(state, r, j, i), value_of(state, r, j + 1, i),
+                             value_of(state, r, j + 2, i), value_of(state, r, j + 3, i)});
+                    }
+                }
+            }
+        }
+    }
+
+    // Grid: x runs of tiles, y blocks of rows, z sequences.
+    static MLA_DEVICE void run(const Params& p, const Thread& thread) {
+        const int b = thread.block_z, split = thread.block_x;
+        const Sequence sequence = view_sequence(p, b);
+        const int sequence_rows = p.round_steps * p.heads;
+        const int real_rows =
+            min_of(max_of(sequence.fresh - p.first_step, 0), p.round_steps) * p.heads;
+        Rows rows;
+        rows.stride = Rank + p.rope;
+        rows.first = p.rows + static_cast<int64_t>(b) * sequence_rows * rows.stride;
+        rows.begin = thread.block_y * kRows;
+        rows.count = min_of(real_rows - rows.begin, kRows);
+        if (rows.count <= 0) return;
+        const int64_t first_row = static_cast<int64_t>(b) * sequence_rows + rows.begin;
+
+        // Tokens that the last row sees, hence all that this block reads.
+        const int last_step = p.first_step + (rows.begin + rows.count - 1) / p.heads;
+        const int length = sequence.past + last_step + 1;
+        const int tiles = (length + kTile - 1) / kTile;
+        const int begin = static_cast<int>(static_cast<int64_t>(tiles) * split / p.splits);
+        const int end = static_cast<int>(static_cast<int64_t>(tiles) * (split + 1) / p.splits);
+        if (begin == end) {
+            for (int row = thread.index; row < rows.count; row += kThreads)
+                store<Floats2>(p.partial + ((first_row + row) * p.splits + split) * 2,
+                               {kNothingSeen, 0});
+            return;
+        }
+
+        constexpr int kPageTiles = kPageTokens / kTile;
+        uint8_t* stages = thread.shared + kFixedBytes;
+        const int stage_bytes = tile_bytes(p.rope);
+        int next = begin, next_stage = 0;
+        // The page of tile `next`, looked up a tile ahead so that nobody waits for it.
+        int64_t page = page_of(p, sequence, next / kPageTiles);
+        const auto copy_next = [&] {
+            if (next < end) {
+                start_copies(p, page, next % kPageTiles * kTile, length - next * kTile,
+                             stages + next_stage * stage_bytes, thread.index);
+                ++next;
+                next_stage = next_stage + 1 == p.stages ? 0 : next_stage + 1;
+                if (next < end) page = page_of(p, sequence, next / kPageTiles);
+            }
+            commit_copies();  // an empty group at the end, so that counting stays simple
+        };
+        for (int i = 0; i < p.stages - 1; ++i) copy_next();
+
+        State state;
+        start_rows(p, sequence, rows, thread, state);
+        int stage = 0;
+        for (int tile = begin; tile < end; ++tile) {
+            wait_copies(p.stages - 2);
+            barrier();  // the tile is there, and the one before is done with
+            copy_next();
+            const uint8_t* at[kMaxParts];
+            find_parts(stages + stage * stage_bytes, p.rope, at);
+            scores(p, at, thread, state);
+            barrier();
+            softmax(tile * kTile, thread, state);
+            barrier();
+            values(at, thread, state);
+            stage = stage + 1 == p.stages ? 0 : stage + 1;
+        }
+        finish(p, first_row, rows, split, thread, state);
+    }
+};
+
+}  // namespace mla::cuda

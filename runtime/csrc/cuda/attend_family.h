@@ -1,0 +1,35 @@
+// The kernels of one record: what each attend_*.cu defines.
+#pragma once
+
+#include "cuda/attend.h"
+#include "cuda/attend_launch.h"
+
+namespace mla::cuda {
+
+template <class Format>
+struct Family {
+    // Calls use(kernel) with the kernel of these sizes.
+    template <class Use>
+    static auto choose(int rank, int row_tiles, const Use& use) {
+        if (rank == 512)
+            return row_tiles == 1 ? use(Attend<Format, 512, 1>()) : use(Attend<Format, 512, 2>());
+        return row_tiles == 1 ? use(Attend<Format, 256, 1>()) : use(Attend<Format, 256, 2>());
+    }
+
+    static AttendShape describe(int rank, int rope, int row_tiles) {
+        return choose(rank, row_tiles, [&](auto kernel) {
+            using Kernel = decltype(kernel);
+            return AttendShape{Kernel::kMinBlocks, Kernel::kRows, Kernel::kTile,
+                               Kernel::kFixedBytes, Kernel::tile_bytes(rope)};
+        });
+    }
+
+    static Failure launch(const Params& params, int row_tiles, Grid grid, int shared_bytes,
+                          Stream stream) {
+        return choose(params.rank, row_tiles, [&](auto kernel) {
+            return cuda::launch<decltype(kernel)>(params, grid, shared_bytes, stream);
+        });
+    }
+};
+
+}  // namespace mla::cuda

@@ -1,0 +1,373 @@
+// The C calls: checks, the cut into rounds and splits, launches.
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+
+#include "cuda/append.h"
+#include "cuda/attend_launch.h"
+#include "cuda/head_matmul.h"
+#include "cuda/merge.h"
+#include "mla_deploy/cuda.h"
+
+#ifndef MLA_CUDA_TARGETS
+#define MLA_CUDA_TARGETS "emulation"
+#endif
+
+namespace mla::cuda {
+namespace {
+
+constexpr int64_t kMaxBatch = 4096;
+constexpr int64_t kMaxSteps = 1 << 20;
+constexpr int64_t kMaxTablePages = 1 << 24;  // 2^30 tokens: positions are ints
+constexpr int64_t kMaxSplits = 256;
+constexpr int64_t kMaxPartialFloats = 64 << 20;
+constexpr int kMinComputeCapability = 80;
+
+thread_local char error_text[512] = "no call has failed in this thread";
+
+mla_cuda_status fail(mla_cuda_status status, const char* format, ...)
+    __attribute__((format(printf, 2, 3)));
+
+mla_cuda_status fail(mla_cuda_status status, const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    std::vsnprintf(error_text, sizeof error_text, format, arguments);
+    va_end(arguments);
+    return status;
+}
+
+// `failure` came from a call of the CUDA runtime.
+mla_cuda_status fail_launch(Failure failure) {
+    Device device = {};
+    if (current_device(&device) != 0)
+        return fail(MLA_CUDA_UNSUPPORTED,
+                    "no NVIDIA GPU can be used here: %s. This library needs a driver for the CUDA "
+                    "release that it was built with, and a device of %s or later: install one, or "
+                    "use the CPU",
+                    failure_text(failure), MLA_CUDA_TARGETS);
+    const int capability = device.compute_capability;
+    if (capability < kMinComputeCapability)
+        return fail(MLA_CUDA_UNSUPPORTED,
+                    "the device has compute capability %d.%d; this library was built for %s: use "
+                    "another device, or the CPU",
+                    capability / 10, capability % 10, MLA_CUDA_TARGETS);
+    return fail(MLA_CUDA_FAILED,
+                "the CUDA runtime says: %s. The device has compute capability %d.%d; this library "
+                "was built for %s: if none of these serves it, build with MLA_CUDA_TARGETS=%d",
+                failure_text(failure), capability / 10, capability % 10, MLA_CUDA_TARGETS,
+                capability);
+}
+
+const AttendFamily& family_of(CacheFormat format) {
+    return format == CacheFormat::kInt4   ? kAttendInt4
+           : format == CacheFormat::kInt8 ? kAttendInt8
+                                          : kAttendFp16;
+}
+
+// ---- checks -----------------------------------------------------------------------------------
+
+#define MLA_EXPECT(condition, ...) \
+    if (!(condition)) return fail(MLA_CUDA_BAD_ARGUMENT, __VA_ARGS__)
+
+mla_cuda_status check_sizes(const mla_cuda_attention& a) {
+    MLA_EXPECT(a.size == sizeof a,
+               "size is %zu; this library wants %zu: set it to "
+               "sizeof(mla_cuda_attention), and compile against its own header",
+               a.size, sizeof a);
+    MLA_EXPECT(a.heads >= 1 && a.heads <= 128, "heads is %d; allowed: 1 to 128", a.heads);
+    MLA_EXPECT(a.nope >= 8 && a.nope <= 1024 && a.nope % 8 == 0,
+               "qk_nope_head_dim is %d; allowed: a multiple of 8, 8 to 1024", a.nope);
+    MLA_EXPECT(a.rank == 256 || a.rank == 512, "kv_lora_rank is %d; allowed: 256 or 512", a.rank);
+    MLA_EXPECT(a.rope >= 16 && a.rope <= 64 && a.rope % 16 == 0,
+               "qk_rope_head_dim is %d; allowed: 16, 32, 48 or 64", a.rope);
+    MLA_EXPECT(a.v >= 8 && a.v <= 1024 && a.v % 8 == 0,
+               "v_head_dim is %d; allowed: a multiple of 8, 8 to 1024", a.v);
+    MLA_EXPECT(a.batch >= 0 && a.batch <= kMaxBatch, "batch is %lld; allowed: 0 to %lld",
+               static_cast<long long>(a.batch), static_cast<long long>(kMaxBatch));
+    MLA_EXPECT(a.steps >= 0 && a.steps <= kMaxSteps, "steps is %lld; allowed: 0 to %lld",
+               static_cast<long long>(a.steps), static_cast<long long>(kMaxSteps));
+    MLA_EXPECT(a.table_pages >= 0 && a.table_pages <= kMaxTablePages,
+               "table_pages is %lld; allowed: 0 to %lld", static_cast<long long>(a.table_pages),
+               static_cast<long long>(kMaxTablePages));
+    MLA_EXPECT(a.pages >= 1, "the cache has %lld pages; allowed: 1 or more",
+               static_cast<long long>(a.pages));
+    MLA_EXPECT(a.cache_format >= MLA_CUDA_CACHE_INT4 && a.cache_format <= MLA_CUDA_CACHE_FP16,
+               "unknown cache format %d; allowed: int4 (0), int8 (1), fp16 (2)",
+               static_cast<int>(a.cache_format));
+    MLA_EXPECT(a.splits >= 0 && a.splits <= kMaxSplits,
+               "splits is %d; allowed: 0 (automatic) to %d", a.splits,
+               static_cast<int>(kMaxSplits));
+    return MLA_CUDA_OK;
+}
+
+mla_cuda_status check_pointer(const char* name, const void* pointer, uintptr_t alignment) {
+    MLA_EXPECT(pointer, "%s is null", name);
+    MLA_EXPECT(reinterpret_cast<uintptr_t>(pointer) % alignment == 0,
+               "%s is at %p; it must be aligned to %d bytes", name, pointer,
+               static_cast<int>(alignment));
+    return MLA_CUDA_OK;
+}
+
+mla_cuda_status set_reals(const char* name, const mla_cuda_reals& given, int64_t dense,
+                          Reals* reals) {
+    MLA_EXPECT(given.type >= MLA_CUDA_FP32 && given.type <= MLA_CUDA_BF16,
+               "%s is of unknown type %d; allowed: fp32 (0), fp16 (1), bf16 (2)", name,
+               static_cast<int>(given.type));
+    MLA_EXPECT(given.stride == 0 || given.stride >= dense,
+               "the stride of %s is %lld; allowed: 0 (dense) or at least %lld", name,
+               static_cast<long long>(given.stride), static_cast<long long>(dense));
+    *reals = {given.data, static_cast<Element>(given.type), given.stride ? given.stride : dense};
+    return check_pointer(name, given.data, given.type == MLA_CUDA_FP32 ? 4 : 2);
+}
+
+#define MLA_TRY(call) \
+    if (const mla_cuda_status status = (call); status != MLA_CUDA_OK) return status
+
+int part_count(CacheFormat format) {
+    return format == CacheFormat::kInt4 ? 5 : format == CacheFormat::kInt8 ? 4 : 2;
+}
+
+// What append and attention both need.
+mla_cuda_status fill_common(const mla_cuda_attention& a, Params* p) {
+    p->batch = static_cast<int>(a.batch);
+    p->steps = static_cast<int>(a.steps);
+    p->table_pages = static_cast<int>(a.table_pages);
+    p->heads = a.heads;
+    p->nope = a.nope;
+    p->rank = a.rank;
+    p->rope = a.rope;
+    p->v = a.v;
+    p->norm_epsilon = a.latent_norm_epsilon;
+    MLA_TRY(set_reals("kv", a.kv, int64_t{a.rank} + a.rope, &p->kv));
+    MLA_TRY(check_pointer("cos", a.cos, 4));
+    MLA_TRY(check_pointer("sin", a.sin, 4));
+    MLA_TRY(check_pointer("block_table", a.block_table, 8));
+    MLA_TRY(check_pointer("past_lengths", a.past_lengths, 8));
+    MLA_TRY(check_pointer("new_lengths", a.new_lengths, 8));
+    p->cos = a.cos;
+    p->sin = a.sin;
+    p->block_table = a.block_table;
+    p->past_lengths = a.past_lengths;
+    p->new_lengths = a.new_lengths;
+    for (int i = 0; i < part_count(static_cast<CacheFormat>(a.cache_format)); ++i) {
+        MLA_TRY(check_pointer("a part of the cache", a.cache[i], 16));
+        p->parts[i] = static_cast<uint8_t*>(a.cache[i]);
+    }
+    p->pages = a.pages;
+    if (a.problem) MLA_TRY(check_pointer("problem", a.problem, 4));
+    p->problem = a.problem;
+    return MLA_CUDA_OK;
+}
+
+// ---- the cut ----------------------------------------------------------------------------------
+
+struct Plan {
+    int64_t round_steps;  // tokens of a sequence in a round
+    int64_t rows;         // of a sequence
+    int row_tiles;
+    int64_t row_blocks;
+    int splits, stages, shared_bytes;
+
+    size_t rows_floats(const mla_cuda_attention& a) const {
+        return static_cast<size_t>(a.batch * rows) * static_cast<size_t>(a.rank + a.rope);
+    }
+    size_t partial_o_floats(const mla_cuda_attention& a) const {
+        return static_cast<size_t>(a.batch * rows) * static_cast<size_t>(splits) *
+               static_cast<size_t>(a.rank);
+    }
+    size_t partial_floats(const mla_cuda_attention& a) const {
+        return static_cast<size_t>(a.batch * rows) * static_cast<size_t>(splits) * 2;
+    }
+    size_t bytes(const mla_cuda_attention& a) const {
+        return 4 * (rows_floats(a) + partial_o_floats(a) + partial_floats(a));
+    }
+};
+
+// Depends on sizes and the device only, never on lengths: a captured graph stays right as sequences
+// grow.
+mla_cuda_status make_plan(const mla_cuda_attention& a, Plan* plan) {
+    Device device = {};
+    if (const Failure failure = current_device(&device)) return fail_launch(failure);
+    const int64_t token_rows = a.batch * a.heads;
+    int64_t steps = device.round_rows / (token_rows ? token_rows : 1);
+    if (steps < 1) steps = 1;
+    plan->round_steps = steps < a.steps ? steps : a.steps;
+    plan->rows = plan->round_steps * a.heads;
+    plan->row_tiles = row_tiles_for(plan->rows);
+    const AttendShape shape = family_of(static_cast<CacheFormat>(a.cache_format))
+                                  .describe(a.rank, a.rope, plan->row_tiles);
+    plan->row_blocks = (plan->rows + shape.rows - 1) / shape.rows;
+
+    // As many stages as leave room for the blocks that registers allow, if two do.
+    const auto shared = [&](int stages) { return shape.fixed_bytes + stages * shape.tile_bytes; };
+    const int kReserved = 1 << 10;  // of each block, by the system
+    plan->stages = kMinStages;
+    int blocks = shape.blocks_wanted;
+    while (blocks > 1 && blocks * (shared(kMinStages) + kReserved) > device.shared_bytes_all)
+        --blocks;
+    while (plan->stages < kMaxStages && shared(plan->stages + 1) <= device.shared_bytes &&
+           blocks * (shared(plan->stages + 1) + kReserved) <= device.shared_bytes_all)
+        ++plan->stages;
+    plan->shared_bytes = shared(plan->stages);
+    if (plan->shared_bytes > device.shared_bytes)
+        return fail(MLA_CUDA_UNSUPPORTED,
+                    "the kernel needs %d bytes of shared memory a block; the device has %d",
+                    plan->shared_bytes, device.shared_bytes);
+
+    int64_t splits = a.splits;
+    if (splits == 0) {
+        const int64_t others = plan->row_blocks * a.batch;
+        splits = int64_t{device.multiprocessors} * blocks / (others ? others : 1);
+        const int64_t tiles = a.table_pages * (kPageTokens / shape.tile_tokens);
+        if (splits > tiles / 2) splits = tiles / 2;  // a run of one tile is mostly overhead
+        const int64_t row_floats = a.batch * plan->rows * a.rank;
+        if (row_floats && splits > kMaxPartialFloats / row_floats)
+            splits = kMaxPartialFloats / row_floats;
+        if (splits > kMaxSplits) splits = kMaxSplits;
+        if (splits < 1) splits = 1;
+    }
+    plan->splits = static_cast<int>(splits);
+    return MLA_CUDA_OK;
+}
+
+// ---- launches ---------------------------------------------------------------------------------
+
+#define MLA_LAUNCH(call) \
+    if (const Failure failure = (call)) return fail_launch(failure)
+
+mla_cuda_status launch_append(const Params& p, CacheFormat format, Stream stream) {
+    constexpr int kWarps = Append<CacheFormat::kInt4>::kWarps;
+    const Grid grid = {(int64_t{p.batch} * p.steps + kWarps - 1) / kWarps, 1, 1};
+    if (format == CacheFormat::kInt4) {
+        MLA_LAUNCH(launch<Append<CacheFormat::kInt4>>(p, grid, 0, stream));
+    } else if (format == CacheFormat::kInt8) {
+        MLA_LAUNCH(launch<Append<CacheFormat::kInt8>>(p, grid, 0, stream));
+    } else {
+        MLA_LAUNCH(launch<Append<CacheFormat::kFp16>>(p, grid, 0, stream));
+    }
+    return MLA_CUDA_OK;
+}
+
+template <class Matmul>
+mla_cuda_status launch_queries(const Params& p, Stream stream) {
+    const int64_t tokens = int64_t{p.batch} * p.round_steps;
+    const Grid grid = {p.rank / Matmul::kColumns + 1, p.heads,
+                       (tokens + Matmul::kTokens - 1) / Matmul::kTokens};
+    MLA_LAUNCH(launch<typename Matmul::Queries>(p, grid, Matmul::kSharedBytes, stream));
+    return MLA_CUDA_OK;
+}
+
+template <class Matmul>
+mla_cuda_status launch_outputs(const Params& p, Stream stream) {
+    const int64_t tokens = int64_t{p.batch} * p.round_steps;
+    const Grid grid = {(p.v + Matmul::kColumns - 1) / Matmul::kColumns, p.heads,
+                       (tokens + Matmul::kTokens - 1) / Matmul::kTokens};
+    MLA_LAUNCH(launch<typename Matmul::Outputs>(p, grid, Matmul::kSharedBytes, stream));
+    return MLA_CUDA_OK;
+}
+
+mla_cuda_status launch_round(const Params& p, const Plan& plan, CacheFormat format, Stream stream) {
+    const bool few = int64_t{p.batch} * p.round_steps <= 16;
+    MLA_TRY(few ? launch_queries<HeadMatmul<1>>(p, stream)
+                : launch_queries<HeadMatmul<2>>(p, stream));
+    const int64_t rows = int64_t{p.round_steps} * p.heads;
+    const Grid grid = {p.splits, plan.row_blocks, p.batch};
+    MLA_LAUNCH(family_of(format).launch(p, plan.row_tiles, grid, plan.shared_bytes, stream));
+    MLA_LAUNCH(launch<Merge>(p, Grid{rows, p.batch, 1}, 0, stream));
+    return few ? launch_outputs<HeadMatmul<1>>(p, stream)
+               : launch_outputs<HeadMatmul<2>>(p, stream);
+}
+
+mla_cuda_status append(const mla_cuda_attention& a, Stream stream) {
+    MLA_TRY(check_sizes(a));
+    if (a.batch == 0 || a.steps == 0) return MLA_CUDA_OK;
+    Params p = {};
+    MLA_TRY(fill_common(a, &p));
+    return launch_append(p, static_cast<CacheFormat>(a.cache_format), stream);
+}
+
+mla_cuda_status attend(const mla_cuda_attention& a, Stream stream) {
+    MLA_TRY(check_sizes(a));
+    if (a.batch == 0 || a.steps == 0) return MLA_CUDA_OK;
+    Params p = {};
+    MLA_TRY(fill_common(a, &p));
+    MLA_TRY(set_reals("q", a.q, int64_t{a.heads} * (a.nope + a.rope), &p.q));
+    MLA_TRY(set_reals("output", a.output, int64_t{a.heads} * a.v, &p.output));
+    MLA_TRY(check_pointer("w_uk", a.w_uk, 16));
+    MLA_TRY(check_pointer("w_uv", a.w_uv, 16));
+    MLA_EXPECT(std::isfinite(a.softmax_scale) && a.softmax_scale > 0,
+               "softmax_scale is %g; allowed: finite and above 0",
+               static_cast<double>(a.softmax_scale));
+    p.w_uk = static_cast<const uint16_t*>(a.w_uk);
+    p.w_uv = static_cast<const uint16_t*>(a.w_uv);
+    p.query_scale = a.softmax_scale * 1.4426950408889634f;
+    Plan plan = {};
+    MLA_TRY(make_plan(a, &plan));
+    MLA_TRY(check_pointer("workspace", a.workspace, 256));
+    MLA_EXPECT(a.workspace_bytes >= plan.bytes(a),
+               "the workspace has %zu bytes; needed are %zu: ask mla_cuda_workspace_bytes()",
+               a.workspace_bytes, plan.bytes(a));
+    p.splits = plan.splits;
+    p.stages = plan.stages;
+    p.rows = static_cast<float*>(a.workspace);
+    p.partial_o = p.rows + plan.rows_floats(a);
+    p.partial = p.partial_o + plan.partial_o_floats(a);
+
+    const CacheFormat format = static_cast<CacheFormat>(a.cache_format);
+    MLA_TRY(launch_append(p, format, stream));
+    for (int64_t first = 0; first < a.steps; first += plan.round_steps) {
+        const int64_t left = a.steps - first;
+        p.first_step = static_cast<int>(first);
+        p.round_steps = static_cast<int>(left < plan.round_steps ? left : plan.round_steps);
+        MLA_TRY(launch_round(p, plan, format, stream));
+    }
+    return MLA_CUDA_OK;
+}
+
+}  // namespace
+}  // namespace mla::cuda
+
+extern "C" {
+
+const char* mla_cuda_last_error(void) { return mla::cuda::error_text; }
+
+const char* mla_cuda_targets(void) { return MLA_CUDA_TARGETS; }
+
+mla_cuda_status mla_cuda_check_device(void) {
+    using namespace mla::cuda;
+    Device device = {};
+    if (const Failure failure = current_device(&device)) return fail_launch(failure);
+    if (const Failure failure = probe<Merge>()) return fail_launch(failure);
+    return MLA_CUDA_OK;
+}
+
+mla_cuda_status mla_cuda_workspace_bytes(const mla_cuda_attention* attention, size_t* bytes) {
+    using namespace mla::cuda;
+    MLA_EXPECT(attention && bytes, "mla_cuda_workspace_bytes: a null pointer");
+    MLA_TRY(check_sizes(*attention));
+    Plan plan = {};
+    MLA_TRY(make_plan(*attention, &plan));
+    *bytes = plan.bytes(*attention);
+    return MLA_CUDA_OK;
+}
+
+mla_cuda_status mla_cuda_latent_append(const mla_cuda_attention* attention, void* stream) {
+    using namespace mla::cuda;
+    MLA_EXPECT(attention, "mla_cuda_latent_append: a null pointer");
+    return append(*attention, stream);
+}
+
+mla_cuda_status mla_cuda_latent_attention(const mla_cuda_attention* attention, void* stream) {
+    using namespace mla::cuda;
+    MLA_EXPECT(attention, "mla_cuda_latent_attention: a null pointer");
+    return attend(*attention, stream);
+}
+
+mla_cuda_status mla_cuda_copy(void* to, const void* from, size_t bytes, void* stream) {
+    using namespace mla::cuda;
+    MLA_EXPECT((to && from) || bytes == 0, "mla_cuda_copy: a null pointer");
+    MLA_LAUNCH(copy_on_device(to, from, bytes, stream));
+    return MLA_CUDA_OK;
+}
+
+}  // extern "C"

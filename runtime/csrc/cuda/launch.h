@@ -1,0 +1,86 @@
+// The host's side of a launch: the only place that knows the CUDA runtime, or its emulation.
+#pragma once
+
+#include <cstddef>
+
+#include "cuda/device.h"
+#include "cuda/params.h"
+
+namespace mla::cuda {
+
+// 0: success; else an error of the CUDA runtime, whose text is failure_text().
+using Failure = int;
+using Stream = void*;  // cudaStream_t
+
+const char* failure_text(Failure failure);
+
+struct Device {
+    int multiprocessors;
+    int shared_bytes;        // that a block can have
+    int shared_bytes_all;    // of a multiprocessor
+    int compute_capability;  // 90 for 9.0
+    int64_t round_rows;      // of all sequences: long calls run in rounds, or memory would grow
+};
+// The current device.
+Failure current_device(Device* device);
+
+Failure copy_on_device(void* to, const void* from, size_t bytes, Stream stream);
+
+struct Grid {
+    int64_t x, y, z;
+};
+
+#ifdef __CUDACC__
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
+    entry(const __grid_constant__ Params params) {
+    extern __shared__ __align__(128) uint8_t shared[];
+    const Thread thread = {static_cast<int>(threadIdx.x), static_cast<int>(blockIdx.x),
+                           static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z), shared};
+    Kernel::run(params, thread);
+}
+
+template <class Kernel>
+Failure launch(const Params& params, Grid grid, int shared_bytes, Stream stream) {
+    if (shared_bytes > 48 << 10) {
+        const cudaError_t error = cudaFuncSetAttribute(
+            entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+        if (error != cudaSuccess) return error;
+    }
+    const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                      static_cast<unsigned>(grid.z));
+    entry<Kernel>
+        <<<blocks, Kernel::kThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
+    return cudaGetLastError();
+}
+
+// Whether the current device can run what this library holds.
+template <class Kernel>
+Failure probe() {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, entry<Kernel>);
+}
+
+#else
+
+template <class Kernel>
+Failure launch(const Params& params, Grid grid, int shared_bytes, Stream) {
+    emulation::run_grid(
+        static_cast<int>(grid.x), static_cast<int>(grid.y), static_cast<int>(grid.z),
+        Kernel::kThreads, static_cast<size_t>(shared_bytes),
+        [](const void* context, const Thread& thread) {
+            Kernel::run(*static_cast<const Params*>(context), thread);
+        },
+        &params);
+    return 0;
+}
+
+template <class Kernel>
+Failure probe() {
+    return 0;
+}
+
+#endif
+
+}  // namespace mla::cuda

@@ -1,0 +1,112 @@
+"""What nvcc makes of the CUDA kernels, where there is one; no GPU needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from support.cuda import build_emulation
+
+from mla_deploy.runtime.cuda import AttentionSizes, CudaError, CudaKernels
+
+ROOT = Path(__file__).resolve().parents[2]
+NVCC = shutil.which("nvcc")
+
+
+@pytest.fixture(scope="module")
+def resources() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "cuda_resources", ROOT / "tools" / "cuda_resources.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc 13")
+@pytest.mark.parametrize("target", ["80", "90"])
+def test_int4_attention_spills_no_registers(resources: ModuleType, target: str) -> None:
+    """tools/cuda_resources.py does the same for all kernels and targets, in minutes."""
+    found = resources.measure(NVCC, "attend_int4", target)
+    for kernel in found:
+        print(kernel)
+    assert len(found) == 4
+    assert not any(kernel.spill_bytes or kernel.stack_bytes for kernel in found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc 13")
+def test_the_other_kernels_compile(resources: ModuleType) -> None:
+    found = resources.measure(NVCC, "latent_attention", "120")
+    assert not any(kernel.spill_bytes for kernel in found)
+
+
+def test_a_report_of_ptxas_is_read(resources: ModuleType) -> None:
+    report = (
+        "ptxas info    : Compiling entry function '_ZN3mla4cuda5entryINS0_6AttendINS0_10Int4FormatE"
+        "Li512ELi2EEEEEvNS0_6ParamsE' for 'sm_90'\n"
+        "ptxas info    : Function properties for _ZN3mla4cuda5entryI\n"
+        "    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads\n"
+        "ptxas info    : Used 202 registers, used 1 barriers, 616 bytes cmem[0]\n"
+    )
+    (found,) = resources.read_report(report)
+    assert found == resources.Resources("90", "Attend<Int4, 512, 2>", 202, 16, 20)
+
+
+def test_the_header_is_c(tmp_path: Path) -> None:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    source = tmp_path / "use.c"
+    source.write_text(
+        '#include "mla_deploy/cuda.h"\n'
+        "int main(void) { mla_cuda_attention a = {sizeof a}; return a.size != sizeof a; }\n"
+    )
+    include = ROOT / "runtime" / "include"
+    command = [compiler, "-std=c99", "-Wall", "-Werror", f"-I{include}", "-fsyntax-only"]
+    subprocess.run([*command, str(source)], check=True)
+
+
+SIZES = AttentionSizes(
+    batch=1, steps=1, table_pages=1, heads=2, nope=16, rank=256, rope=16, v=8, cache_format="int4"
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 320}, "kv_lora_rank is 320; allowed: 256 or 512"),
+        ({"rope": 128}, "qk_rope_head_dim is 128; allowed: 16, 32, 48 or 64"),
+        ({"heads": 129}, "heads is 129; allowed: 1 to 128"),
+        ({"nope": 20}, "qk_nope_head_dim is 20; allowed: a multiple of 8"),
+        ({"v": 0}, "v_head_dim is 0"),
+        ({"splits": 1000}, "splits is 1000; allowed: 0"),
+        ({"batch": -1}, "batch is -1"),
+        ({"cache_format": "fp32"}, "do not know this cache format"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:
+    kernels = CudaKernels(build_emulation())
+    with pytest.raises(CudaError, match=message):
+        kernels.workspace_bytes(dataclasses.replace(SIZES, **changes))
+
+
+def test_null_pointers_are_refused() -> None:
+    kernels = CudaKernels(build_emulation())
+    with pytest.raises(CudaError, match="kv is null"):
+        kernels.latent_attention(SIZES, {}, [], 1, softmax_scale=1.0)
+
+
+def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CudaError, match="cannot be loaded"):
+        CudaKernels(tmp_path / "absent.so")

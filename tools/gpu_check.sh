@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Everything about the CUDA kernels that needs a GPU, in less than ten minutes: builds for this GPU,
+# runs the tests marked gpu, compute-sanitizer on the smaller ones, and the benchmark.
+#
+#     bash tools/gpu_check.sh [FOLDER]        results go to FOLDER (default: build/gpu)
+#
+# Needs nvcc 13, cmake, ninja, a C++ compiler, and a python3 with torch for CUDA, numpy, pytest and
+# the packages of pyproject.toml. Nothing is downloaded; wheels in .whl/ are installed first: where
+# there is only torch, put pydantic, pydantic-core, annotated-types, nanobind and nanobind-backend
+# there. MLA_CUDA_TARGETS (such as 90) overrides the device's own capability.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-build/gpu}
+mkdir -p "$out"
+started=$SECONDS
+failures=0
+
+stage() {  # stage NAME SECONDS COMMAND...: runs it, keeps its output, says how it went
+    local name=$1 limit=$2
+    shift 2
+    local begun=$SECONDS
+    timeout "$limit" "$@" >"$out/$name.log" 2>&1
+    local status=$?
+    [ $status -eq 0 ] || failures=$((failures + 1))
+    echo "== $name: exit $status after $((SECONDS - begun)) s (at $((SECONDS - started)) s)"
+    tail -n "${LINES_SHOWN:-15}" "$out/$name.log"
+}
+
+nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv,noheader
+capability=${MLA_CUDA_TARGETS:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader |
+    head -1 | tr -d .)}
+
+venv=/tmp/mla-gpu-venv
+python3 -m venv --system-site-packages "$venv" || exit 1
+# A venv made from a venv sees the system's packages, not the first one's.
+python3 -c 'import site; print("\n".join(site.getsitepackages()))' \
+    >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
+if ls .whl/*.whl >/dev/null 2>&1; then
+    LINES_SHOWN=2 stage wheels 60 "$venv/bin/pip" install -q --no-index --no-deps .whl/*.whl
+fi
+LINES_SHOWN=4 stage install 240 env CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)" \
+    "$venv/bin/pip" install -q --no-index --no-deps --no-build-isolation . \
+    -C cmake.define.MLA_CUDA=ON -C "cmake.define.MLA_CUDA_TARGETS=$capability" \
+    -C cmake.define.MLA_FETCH_ONNXRUNTIME_HEADERS=OFF
+pytest=("$venv/bin/python" -m pytest -q -p no:cacheprovider tests/runtime/test_cuda_attention.py)
+
+stage tests 150 "${pytest[@]}" -m gpu
+if command -v compute-sanitizer >/dev/null; then
+    small="gpu and (page_edges or unequal or splits or arena)"
+    for tool in memcheck racecheck; do
+        LINES_SHOWN=6 stage "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            --target-processes all "${pytest[@]}" -k "$small"
+    done
+else
+    echo "== compute-sanitizer is not on the PATH: memory and races are unchecked"
+    failures=$((failures + 1))
+fi
+LINES_SHOWN=40 stage benchmark 150 "$venv/bin/python" benchmarks/cuda_attention.py --quick \
+    --json "$out/cuda_attention.json"
+echo "== $failures stages failed, $((SECONDS - started)) s"
+exit $((failures > 0))
