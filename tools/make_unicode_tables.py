@@ -1,6 +1,6 @@
 """Writes later_unicode.inc and later_marks.inc, which are committed: run it when they must change.
 
-    python runtime/csrc/text/make_tables.py
+    python tools/make_unicode_tables.py
 
 It needs Python 3.11, whose unicodedata is of Unicode 14; the package unicodedata2, which knows the
 latest; and the package tokenizers, the oracle.
@@ -21,7 +21,7 @@ from pathlib import Path
 import unicodedata2
 from tokenizers import Regex, normalizers
 
-HERE = Path(__file__).parent
+TEXT = Path(__file__).resolve().parents[1] / "runtime" / "csrc" / "text"
 CODE_POINTS = [c for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF]
 CATEGORIES = (
     "Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf Co Cn"
@@ -101,7 +101,8 @@ def later_marks() -> Iterable[str]:
 
 
 def write(name: str, tables: dict[str, Iterable[str]]) -> None:
-    lines = ["// Written by make_tables.py: change that, not this.", "// clang-format off"]
+    head = "// Written by tools/make_unicode_tables.py: change that, not this."
+    lines = [head, "// clang-format off"]
     for declaration, rows in tables.items():
         lines.append(f"constexpr {declaration}[] = {{")
         line = "   "
@@ -111,7 +112,7 @@ def write(name: str, tables: dict[str, Iterable[str]]) -> None:
                 line = "   "
             line += " " + row
         lines += [line, "};"]
-    (HERE / name).write_text("\n".join([*lines, "// clang-format on"]) + "\n")
+    (TEXT / name).write_text("\n".join([*lines, "// clang-format on"]) + "\n")
 
 
 def main() -> None:
