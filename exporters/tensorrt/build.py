@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import queue
@@ -60,7 +61,7 @@ def check_backend(wanted: Capability, targets: Sequence[str]) -> None:
         UsageError: TensorRT is not installed, is of another version, or builds only for a GPU that
             this machine has not.
     """
-    if importlib.util.find_spec(wanted.module) is None:
+    if not _is_installed(wanted.module):
         pip = "pip install 'mla-deploy[tensorrt]'"
         raise UsageError(
             f"{wanted.module} is not installed",
@@ -253,6 +254,11 @@ def _shapes(inputs: Sequence[TensorInfo], profile: ProfileInfo) -> dict[str, lis
         ]
         for one in inputs
     }
+
+
+def _is_installed(module: str) -> bool:
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None  # a folder of that name is no module
 
 
 def _installed_version(module: str) -> str:

@@ -132,12 +132,12 @@ def test_options_that_do_not_fit(
 
 
 def test_a_missing_tensorrt(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(build, "_is_installed", lambda _: False)
     expect(UsageError, "tensorrt_rtx is not installed", source, tmp_path, SM89)
 
 
 def test_another_tensorrt(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(build, "_is_installed", lambda _: True)
     monkeypatch.setattr(build, "_installed_version", lambda _: "3.0")
     expect(UsageError, "not the one that the graph is made for", source, tmp_path, SM89)
 
@@ -145,7 +145,7 @@ def test_another_tensorrt(source: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_jetson_engine_is_built_on_the_jetson(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(build, "_is_installed", lambda _: True)
     monkeypatch.setattr(build, "_installed_version", lambda _: "10.3.0")
     monkeypatch.setattr(build, "gpu_target", lambda: None)
     options = replace(SM89, targets=("sm87",), compat="trt10.3")
