@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +42,7 @@ PREFILL = [(0, 512), (8192, 512)]
 
 def build() -> None:
     configure = ["cmake", "-G", "Ninja", "-S", str(ROOT / "runtime"), "-B", str(BUILD)]
-    flags = [f"-DPython_EXECUTABLE={sys.executable}", "-DMLA_FETCH_ONNXRUNTIME_HEADERS=OFF"]
+    flags = ["-DMLA_PYTHON=OFF", "-DMLA_ENGINE=OFF", "-DMLA_OPS=OFF"]
     subprocess.run([*configure, *flags], check=True, stdout=subprocess.DEVNULL)
     subprocess.run(
         ["cmake", "--build", str(BUILD), "--target", "cpu_attention_benchmark"],

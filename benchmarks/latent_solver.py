@@ -9,7 +9,7 @@ are, and after the block Hadamard rotation.
 - `range`: scale and zero from minimum and maximum.
 - `hqq`: twenty half-quadratic steps for the zero.
 - `hqq + scale`: the same, then the least-squares scale.
-- `N rounds`: `solve_affine_int4` of the cache record with N alternations instead of its own count.
+- `N rounds`: `solve_affine` of the cache record with N alternations instead of its own count.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-import mla_deploy.quant.latent_cache as latent_cache
+import mla_deploy.quant.cache_codes as cache_codes
 from mla_deploy.cache import pages_for
 from mla_deploy.config import MlaConfig, load_config
 from mla_deploy.model import empty_cache, load_model, unquantized
@@ -74,14 +74,14 @@ def hqq(x: torch.Tensor, levels: int, *, refits_scale: bool) -> torch.Tensor:
 
 
 def rounds(x: torch.Tensor, count: int) -> torch.Tensor:
-    own, latent_cache.ROUNDS = latent_cache.ROUNDS, count
-    codes, scale, zero = latent_cache.solve_affine_int4(x)
-    latent_cache.ROUNDS = own
+    own, cache_codes.ROUNDS = cache_codes.ROUNDS, count
+    codes, scale, zero = cache_codes.solve_affine(x, 15)
+    cache_codes.ROUNDS = own
     return codes * scale.float() + zero.float()
 
 
 def int8(x: torch.Tensor) -> torch.Tensor:
-    codes, scale = latent_cache.encode_symmetric_int8(x.flatten(0, -2), x.shape[-1])
+    codes, scale = cache_codes.encode_symmetric_int8(x.flatten(0, -2), x.shape[-1])
     return (codes.float() * scale.float()).reshape(x.shape)
 
 

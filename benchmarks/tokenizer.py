@@ -8,7 +8,7 @@ tokenizers runs encode_batch_fast, which leaves out offsets, on one document at 
 of all ids of a document at once. A stream is fed id by id from Python, which takes most of its
 time.
 
-MLA_TEXT_LIBRARY names a built libmla_deploy_text.so; else it is built in build/tests-cpp.
+MLA_DEPLOY_LIBRARY names a built libmla_deploy.so; else it is built in build/tests-cpp.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from cpp.text_abi import CppTokenizer, load  # noqa: E402
+from cpp.text_abi import CppTokenizer, load_text  # noqa: E402
 
 SHARED = Path(os.environ.get("MLA_DEPLOY_SHARED", ROOT.parent / "shared")) / "data"
 TOKENIZERS = [
@@ -56,17 +56,17 @@ class Cpp:
         self.count = ctypes.c_size_t()
 
     def encode(self, text: bytes) -> int:
-        status = load().mla_tokenizer_encode(
+        status = load_text().mla_tokenizer_encode(
             self.tokenizer.handle, text, len(text), 0, self.ids, len(self.ids), self.count
         )
-        assert status == 0, load().mla_text_last_error()
+        assert status == 0, load_text().mla_last_error()
         return self.count.value
 
     def decode(self, ids: ctypes.Array[ctypes.c_int32]) -> bytes:
-        status = load().mla_tokenizer_decode(
+        status = load_text().mla_tokenizer_decode(
             self.tokenizer.handle, ids, len(ids), 0, self.text, len(self.text), self.count
         )
-        assert status == 0, load().mla_text_last_error()
+        assert status == 0, load_text().mla_last_error()
         return ctypes.string_at(self.text, self.count.value)
 
 
@@ -113,7 +113,7 @@ def measure(path: Path, text: bytes, repeats: int) -> None:
         assert ours.ids[: ours.encode(document)] == wanted, "ids differ"
 
     def stream() -> None:
-        push, piece, size = load().mla_text_stream_push, ctypes.c_void_p(), ctypes.c_size_t()
+        push, piece, size = load_text().mla_text_stream_push, ctypes.c_void_p(), ctypes.c_size_t()
         stream = ours.tokenizer.stream()
         for one in ids[:4]:
             for token in one:

@@ -5,6 +5,9 @@
         model.onnx, model.onnx.data
         tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json
 
+A bundle for TensorRT has, in place of the graph, an engine a GPU and an ONNX model that names it;
+`TensorRtInfo` describes them, and `mla_deploy.exporters.tensorrt.target` their inputs and outputs.
+
 A bundle is data, never code. It is read as untrusted input: paths stay inside the folder, sizes are
 checked before anything is loaded.
 
@@ -136,9 +139,51 @@ class GraphInfo(_Strict):
     """The decoder graph."""
 
     path: str
-    backend: Literal["onnx"]
+    backend: Literal["onnx", "tensorrt"]
     lowering: str
     opset: int
+
+
+class EngineInfo(_Strict):
+    """A TensorRT engine."""
+
+    target: str = Field(pattern="^sm[0-9]{2,3}$")
+    """The GPU it was built for."""
+    path: str
+    context: str
+    """An ONNX model of one EPContext node that names the engine, for ONNX Runtime's providers."""
+
+
+class ProfileInfo(_Strict):
+    """What an engine was optimised for: least, usual and most."""
+
+    tokens: tuple[int, int, int]
+    rows: tuple[int, int, int]
+    """Rows of the cache that are read."""
+    logits: tuple[int, int, int]
+
+
+class TensorInfo(_Strict):
+    """An input or output; extents that vary are named."""
+
+    name: str
+    dtype: Literal["int64", "uint8", "int8", "float16", "float32"]
+    shape: list[int | str]
+
+
+class TensorRtInfo(_Strict):
+    """Engines and what they need."""
+
+    module: Literal["tensorrt", "tensorrt_rtx"]
+    version: str | None
+    """Of the TensorRT that built the engines; None: there are none, only the graph."""
+    dtype: Literal["float16", "bfloat16", "float32"]
+    """Of activations."""
+    profiles: list[ProfileInfo] = Field(min_length=2, max_length=2)
+    """For one token, and for several."""
+    engines: list[EngineInfo]
+    inputs: list[TensorInfo]
+    outputs: list[TensorInfo]
 
 
 class Manifest(_Strict):
@@ -152,6 +197,8 @@ class Manifest(_Strict):
     cache: CacheInfo
     recipe: dict[str, Any]
     files: list[FileEntry]
+    tensorrt: TensorRtInfo | None = None
+    """Present with the backend `tensorrt`."""
 
     @model_validator(mode="after")
     def _one_cache_per_layer(self) -> Manifest:
@@ -160,6 +207,8 @@ class Manifest(_Strict):
                 f"{len(self.cache.layers)} layers of cache for a model of "
                 f"{self.model.num_hidden_layers} layers"
             )
+        if (self.graph.backend == "tensorrt") != (self.tensorrt is not None):
+            raise ValueError("the backend and the description of engines do not fit")
         return self
 
 
@@ -182,12 +231,23 @@ class Bundle:
             BundleError: no bundle, a manifest of another version, or a file that is missing or is
                 not what the manifest says.
         """
+        bundle = cls.of_manifest(path)
+        for entry in bundle.manifest.files:
+            _check_file(bundle.path, entry, verify)
+        return bundle
+
+    @classmethod
+    def of_manifest(cls, path: Path | str) -> Bundle:
+        """Read the manifest alone, for a caller that has the files checked by the engine.
+
+        Raises:
+            BundleError: no bundle, or a manifest of another version or with mistakes.
+        """
         folder = Path(path)
-        manifest = _read_manifest(folder)
-        for entry in manifest.files:
-            _check_file(folder, entry, verify)
-        bundle = cls(folder, manifest)
-        bundle.file(manifest.graph.path)
+        bundle = cls(folder, _read_manifest(folder))
+        bundle.file(bundle.manifest.graph.path)
+        for engine in bundle.manifest.tensorrt.engines if bundle.manifest.tensorrt else ():
+            bundle.file(engine.path)
         return bundle
 
     def file(self, name: str) -> Path:
@@ -245,7 +305,10 @@ def sha256_of(path: Path) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` into the folder."""
-    text = json.dumps(manifest.model_dump(mode="json"), indent=2)
+    fields = manifest.model_dump(mode="json")
+    if manifest.tensorrt is None:
+        del fields["tensorrt"]
+    text = json.dumps(fields, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,24 +49,15 @@ class TensorInfo:
     bytes: int
 
 
-class Checkpoint:
-    """A folder with config.json and safetensors.
+class TensorFolder:
+    """A folder with safetensors.
 
     Raises (on opening):
-        ConfigError: config.json is missing, broken, or asks for something not supported.
         CheckpointError: no weights, a missing shard, or a file that is no safetensors.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.config: MlaConfig = load_config(self.path)
-        if self.config.source_quantization is not None:
-            raise CheckpointError(
-                f"{self.path} holds weights that another tool quantised",
-                found=self.config.source_quantization,
-                allowed="float16, bfloat16 or float32 weights",
-                hint="take the unquantised checkpoint",
-            )
         self.tensors: dict[str, TensorInfo] = {}
         for file in _weight_files(self.path):
             self.tensors.update(_read_header(file))
@@ -134,6 +125,35 @@ class Checkpoint:
         return self._open_file
 
 
+class Checkpoint(TensorFolder):
+    """A folder with config.json and safetensors.
+
+    Raises (on opening):
+        ConfigError: config.json is missing, broken, or asks for something not supported.
+        CheckpointError: no weights, a missing shard, or a file that is no safetensors.
+    """
+
+    readable_quantization: ClassVar[frozenset[str | None]] = frozenset({None})
+    """Whose quantised weights this class can read: `quant_method` in config.json."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.config: MlaConfig = load_config(path)
+        if self.config.source_quantization not in self.readable_quantization:
+            refuse_quantized(self.config.source_quantization, path)
+        super().__init__(path)
+
+
+def refuse_quantized(method: str | None, path: Path | str) -> None:
+    """Raise CheckpointError if config.json names a method by which the weights were quantised."""
+    if method is not None:
+        raise CheckpointError(
+            f"{path} holds weights that another tool quantised",
+            found=method,
+            allowed="float16, bfloat16 or float32 weights",
+            hint="take the unquantised checkpoint",
+        )
+
+
 class ShardWriter:
     """Writes tensors into numbered safetensors files of about `_SHARD_BYTES`, and their index.
 
@@ -179,11 +199,11 @@ class ShardWriter:
             self._pending[name] = tensor.contiguous()
             self._pending_bytes += tensor.nbytes
         if self._pending_bytes >= _SHARD_BYTES:
-            self._flush()
+            self.flush()
 
     def finish(self) -> None:
         """Write what is left, and the index."""
-        self._flush()
+        self.flush()
         index = {
             "metadata": {"total_size": self._total_bytes},
             "weight_map": dict(sorted(self._weight_map.items())),
@@ -192,7 +212,8 @@ class ShardWriter:
             text = json.dumps(index, indent=1) + "\n"
             (self._folder / INDEX_FILE).write_text(text, encoding="utf-8")
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write the tensors taken so far into a shard, however small."""
         if not self._pending:
             return
         self._shards += 1
@@ -241,7 +262,7 @@ def _weight_files(folder: Path) -> Iterator[Path]:
     if not index.exists():
         single = folder / SINGLE_FILE
         if not single.exists():
-            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
+            pickled = any(any(folder.glob(f"*.{end}")) for end in ("bin", "pth", "pt"))
             raise CheckpointError(
                 f"{folder} holds no weights",
                 found="pickled weights, which are never loaded" if pickled else None,

@@ -16,8 +16,12 @@ from mla_deploy.recipe import RECIPE_KEY, Recipe
 
 T = TypeVar("T")
 
+PROVENANCE_KEY = "conversion"
+"""How `mla-deploy convert` made a model."""
+
 NEUTRAL_KEYS = frozenset(
     {
+        PROVENANCE_KEY,
         "_name_or_path", "architectures", "attention_dropout", "auto_map", "aux_loss_alpha",
         "dtype", "ep_size", "head_dim", "initializer_range", "model_type", "num_mtp_layers",
         "num_nextn_predict_layers", "output_router_logits", "pad_token_id", "pretraining_tp",
@@ -45,6 +49,9 @@ class RopeConfig:
 
     theta: float
     yarn: YarnScaling | None
+    inv_freq: tuple[tuple[float, ...], ...] | None = None
+    """Radians a position of each pair, layer by layer, where layers differ; then `theta` and `yarn`
+    say nothing."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,13 @@ class MlaConfig:
     source_quantization: str | None
     """The `quant_method` of weights that somebody else quantised; they cannot be read yet."""
     recipe: Recipe = field(default_factory=Recipe)
+    has_latent_norm: bool = True
+    """Whether c_kv is normalised before it is cached."""
+    query_bias: bool = False
+    """Whether `q_proj` has a bias too, where `attention_bias` gives the others one."""
+    qk_norm_groups: int | None = None
+    """Key heads of a model that normalises queries and keys by head before its rotary positions,
+    as Qwen3 does; None: no such norms."""
 
     def __post_init__(self) -> None:
         sizes = (

@@ -153,6 +153,7 @@ def _inspect_config(source: Path, recipes: Mapping[str, RecipeFor], verify: bool
         else:
             caches.append(CacheCost(name, each, each * config.num_hidden_layers))
     recipe = config.recipe
+    formats = recipe.cache_formats(config.num_hidden_layers)
     is_quantised = recipe != unquantized(config).recipe
     weights = [WeightCost("as stored", stored_bytes(config, recipe))] if is_quantised else []
     for name, recipe_for in recipes.items():
@@ -169,7 +170,7 @@ def _inspect_config(source: Path, recipes: Mapping[str, RecipeFor], verify: bool
         weights=tuple(weights),
         recipe=recipe.to_json(),
         moe=config.moe,
-        stored_as=recipe.cache_format if is_quantised else None,
+        stored_as="+".join(sorted(set(formats))) if is_quantised else None,
         verified=verify,
         source_quantization=config.source_quantization,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mla_deploy.cache import cache_record, pages_for
+from mla_deploy.cache import CachePart, cache_record, pages_for
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
 from mla_deploy.families import family_of
@@ -62,9 +62,14 @@ def unquantized(config: MlaConfig) -> MlaConfig:
 
 def empty_cache(config: MlaConfig, pages: int) -> list[list[torch.Tensor]]:
     """Zero-filled arenas of `pages` pages for every layer, the scratch page included."""
-    record = cache_record(config.recipe.cache_format)
-    parts = record.parts(config.kv_lora_rank, config.qk_rope_head_dim)
-    return [[part.empty(pages) for part in parts] for _ in range(config.num_hidden_layers)]
+    return [[part.empty(pages) for part in parts] for parts in cache_parts(config)]
+
+
+def cache_parts(config: MlaConfig) -> list[tuple[CachePart, ...]]:
+    """The arrays of every layer's cache."""
+    formats = config.recipe.cache_formats(config.num_hidden_layers)
+    sizes = config.kv_lora_rank, config.qk_rope_head_dim
+    return [cache_record(name).parts(*sizes) for name in formats]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ kept in float32, so that it serves as the reference.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,17 @@ class WeightFormat:
 
 
 @dataclass(frozen=True)
+class LayerRecipe:
+    """What one layer has of its own, where layers differ."""
+
+    cache_format: str
+    latent_rotation: int | None
+    balanced: bool
+    linear: WeightFormat | None
+    experts: WeightFormat | None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What was done to a checkpoint. None for a kind of matrix: kept in floating point."""
 
@@ -53,13 +64,36 @@ class Recipe:
     """The norm weight of the latent is already in w_uk and w_uv."""
     latent_rotation: int | None = None
     """Block size of the Hadamard rotation of the latent, folded into kv_a, w_uk and w_uv."""
+    balanced: bool = False
+    """The rotation turns the latent to calibrated axes first."""
     half_precision: bool = False
     """Float matrices that are read by rows or per head (embedding, w_uk, w_uv) are in float16."""
+    layers: tuple[LayerRecipe, ...] = ()
+    """One a layer where they differ; it then takes the place of the fields of the same name."""
 
     @property
     def table_dtype(self) -> torch.dtype:
         """Type of the float matrices that `half_precision` speaks of."""
         return torch.float16 if self.half_precision else torch.float32
+
+    def of_layer(self, layer: int) -> Recipe:
+        """The recipe of a model all of whose layers are like this one."""
+        if not self.layers:
+            return self
+        own = self.layers[layer]
+        return replace(
+            self,
+            cache_format=own.cache_format,
+            latent_rotation=own.latent_rotation,
+            balanced=own.balanced,
+            linear=own.linear,
+            experts=own.experts,
+            layers=(),
+        )
+
+    def cache_formats(self, layers: int) -> tuple[str, ...]:
+        """The cache record of each of so many layers."""
+        return tuple(self.of_layer(layer).cache_format for layer in range(layers))
 
     def to_json(self) -> dict[str, Any]:
         """For config.json, under `RECIPE_KEY`."""
@@ -84,9 +118,16 @@ class Recipe:
                 hint="quantize the source model again with this mla-deploy",
             )
         try:
-            for kind in ("linear", "experts", "embedding", "lm_head"):
-                if values.get(kind) is not None:
-                    values[kind] = WeightFormat(**values[kind])
-            return cls(**values)
+            layers = [LayerRecipe(**_formats(one)) for one in values.pop("layers", ())]
+            return cls(**_formats(values), layers=tuple(layers))
         except TypeError as error:
             raise ConfigError(f"{origin}: the recipe cannot be read", found=error) from None
+
+
+def _formats(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe with its weight formats read."""
+    kinds = {"linear", "experts", "embedding", "lm_head"}
+    return {
+        name: WeightFormat(**value) if name in kinds and value is not None else value
+        for name, value in raw.items()
+    }

@@ -58,6 +58,19 @@ class Zeros(Source):
 
 
 @dataclass(frozen=True)
+class Given(Source):
+    """Values that config.json holds."""
+
+    values: tuple[float, ...]
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def slabs(self, read: Read) -> Iterator[torch.Tensor]:
+        yield torch.tensor(self.values)
+
+
+@dataclass(frozen=True)
 class Joined(Source):
     """Sources under one another."""
 

@@ -14,9 +14,11 @@ from mla_deploy.modules.decoder import Decoder
 from mla_deploy.modules.linear import Embedding, Linear
 from mla_deploy.modules.mlp import Experts
 from mla_deploy.packing import CODES
+from mla_deploy.quant.cache_choice import CacheChoices, auto_formats, check_budget
+from mla_deploy.quant.calibrate import AUTO
 from mla_deploy.quant.fold import hadamard_block
 from mla_deploy.quant.weights import check_group
-from mla_deploy.recipe import Recipe, WeightFormat
+from mla_deploy.recipe import LayerRecipe, Recipe, WeightFormat
 
 Weights = Literal["int4", "int8", "none"]
 EmbeddingFormat = Literal["fp16", "int8", "int4", "none"]
@@ -24,7 +26,7 @@ Zeros = Literal["integer", "exact"]
 Kind = Literal["linear", "experts", "embedding", "lm_head"]
 
 _BITS = {"int4": 4, "int8": 8}
-_ROTATED_CACHES = frozenset({"int4", "int8"})
+_ROTATED_CACHES = frozenset({"int8", "int4", "int4-g32", "int3", "int2"})
 """Formats that gain from a rotated latent; docs/quantization.md has the figures."""
 
 
@@ -33,7 +35,12 @@ class QuantizeOptions:
     """How to quantise; None stands for a default that depends on the rest or on the model."""
 
     kv: str = "int4"
-    """The cache record: a name of `mla_deploy.cache.cache_formats()`."""
+    """The cache record: a name of `mla_deploy.cache.cache_formats()`, or `auto`: each layer's own,
+    by calibration and budget."""
+    kv_budget: float | None = None
+    """Bytes of cache a token and layer, on average; for `auto`."""
+    calibration: tuple[str, ...] = ()
+    """Text files to calibrate with. Without any, the result depends on the weights alone."""
     weights: Weights = "int4"
     """Matrices of attention, dense feed-forward and shared experts. `none`: as stored."""
     group: int | None = None
@@ -47,10 +54,40 @@ class QuantizeOptions:
     """The input table. Default: `fp16`, or `none` where weights are `none`."""
     lm_head: Weights | None = None
     """The output matrix. Default: `int8`, or `none` where weights are `none`."""
+    feedback: bool = False
+    """Pass the rounding error of each column of a matrix on to those that follow; needs a
+    calibration. Not for experts and the input table."""
     rotate: bool | None = None
-    """Rotate the latent. Default: where the cache is int4 or int8."""
+    """Rotate the latent. Default: as the calibration says, or without one where the cache is
+    quantised to whole numbers."""
 
     def __post_init__(self) -> None:
+        if self.kv == AUTO and not (self.calibration and self.kv_budget):
+            raise UsageError(
+                "the cache formats of layers are chosen by a calibration under a budget",
+                found=f"--kv auto {'with' if self.calibration else 'without'} --calibration, "
+                f"{'with' if self.kv_budget else 'without'} --kv-budget",
+                allowed="both",
+                hint="for instance: --kv auto --kv-budget 360 --calibration TEXT",
+            )
+        if self.feedback and not self.calibration:
+            raise UsageError(
+                "error feedback needs the inputs of the matrices, from a calibration",
+                found="--feedback without --calibration",
+                hint="give --calibration TEXT",
+            )
+        if self.feedback and self.weights == "none" and self.chosen("lm_head") == "none":
+            raise UsageError(
+                "error feedback is for matrices that are quantised",
+                found="--feedback with --weights none",
+                hint="leave one of them out",
+            )
+        if self.kv_budget is not None and self.kv != AUTO:
+            raise UsageError(
+                "a budget is for --kv auto; another format takes what it takes",
+                found=f"--kv {self.kv} --kv-budget {self.kv_budget:g}",
+                hint="leave one of them out",
+            )
         allowed: dict[str, tuple[object, ...]] = {
             "weights": get_args(Weights),
             "group": (None, 32, 64, 128),
@@ -78,18 +115,28 @@ class QuantizeOptions:
         }[kind]
 
 
-def recipe_for(config: MlaConfig, options: QuantizeOptions) -> Recipe:
+def recipe_for(
+    config: MlaConfig, options: QuantizeOptions, choices: CacheChoices | None = None
+) -> Recipe:
     """The recipe that the options mean for this model.
 
+    Args:
+        choices: what the calibration gave. Before it has run, the recipe of what may come stands
+            for it: the smallest format, and a rotation.
+
     Raises:
-        UsageError: a group that does not divide the inputs of a matrix.
+        UsageError: a group that does not divide the inputs of a matrix, or a budget too small.
         ConfigError: an unknown cache format, or one that cannot hold this latent.
     """
-    cache_record(options.kv).parts(config.kv_lora_rank, config.qk_rope_head_dim)
+    kv = options.kv
+    if kv == AUTO:
+        kv = auto_formats(config)[0]
+        check_budget(config, options.kv_budget or 0.0)
+    cache_record(kv).parts(config.kv_lora_rank, config.qk_rope_head_dim)
     is_half = options.chosen("embedding") != "none"
     rotation = _rotation(config, options)
     recipe = Recipe(
-        cache_format=options.kv,
+        cache_format=kv,
         gamma_folded=is_half or rotation is not None,
         latent_rotation=rotation,
         half_precision=is_half,
@@ -98,13 +145,30 @@ def recipe_for(config: MlaConfig, options: QuantizeOptions) -> Recipe:
     for matrix in matrices(build(replace(config, recipe=recipe))):
         columns.setdefault(matrix.kind, {})[matrix.name] = matrix.columns
     formats = {kind: _weight_format(options, kind, inputs) for kind, inputs in columns.items()}
-    return replace(
+    recipe = replace(
         recipe,
         linear=formats.get("linear"),
         experts=formats.get("experts"),
         embedding=formats.get("embedding"),
         lm_head=formats.get("lm_head"),
     )
+    return recipe if choices is None else _calibrated(recipe, choices)
+
+
+def _calibrated(recipe: Recipe, choices: CacheChoices) -> Recipe:
+    """The recipe with each layer's cache; layers that are all alike are not listed."""
+    layers = tuple(
+        LayerRecipe(
+            choice.format,
+            None if rotation is None else rotation.block,
+            rotation is not None and rotation.axes is not None,
+            recipe.linear,
+            recipe.experts,
+        )
+        for choice, rotation in zip(choices.chosen, choices.rotations, strict=True)
+    )
+    full = replace(recipe, gamma_folded=True, layers=layers)
+    return full if len(set(layers)) > 1 else full.of_layer(0)
 
 
 class Matrix(NamedTuple):
@@ -140,7 +204,8 @@ def matrices(model: Decoder) -> Iterator[Matrix]:
 def _rotation(config: MlaConfig, options: QuantizeOptions) -> int | None:
     block = hadamard_block(config.kv_lora_rank)
     if options.rotate is None:
-        return block if options.kv in _ROTATED_CACHES and block > 1 else None
+        is_whole = options.kv in _ROTATED_CACHES or options.kv == AUTO
+        return block if is_whole and block > 1 else None
     if options.rotate and block == 1:
         raise UsageError(
             "the latent cannot be rotated",

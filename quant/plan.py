@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,9 @@ from mla_deploy.modules.attention import LatentAttention
 from mla_deploy.modules.base import checkpoint_shapes
 from mla_deploy.modules.decoder import Decoder
 from mla_deploy.packing import SUFFIXES
-from mla_deploy.quant.fold import fold_kv_a, fold_kv_b
+from mla_deploy.quant.feedback import quantize_with_feedback
+from mla_deploy.quant.fold import LatentRotation, fold_kv_a, fold_kv_b
+from mla_deploy.quant.hqq_source import HqqCheckpoint
 from mla_deploy.quant.options import Matrix, matrices
 from mla_deploy.quant.weights import quantize_matrix
 from mla_deploy.recipe import WeightFormat
@@ -28,6 +30,9 @@ _DERIVED = "rotary_emb.inv_freq"
 """Buffers that old checkpoints hold; they follow from config.json."""
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
+Moments = Callable[[str], torch.Tensor | None]
+UNFED = frozenset({"experts", "embedding"})
+"""Kinds of matrices without error feedback: a table has no inputs, an expert sees few."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +72,34 @@ class Step:
         """Numbers in the source tensor."""
         return torch.Size(self.shape).numel()
 
-    def run(self, checkpoint: Checkpoint) -> Outcome:
+    def run(self, checkpoint: Checkpoint, moments: Moments | None = None) -> Outcome:
         """Read, transform, quantise.
+
+        Args:
+            moments: of the inputs of matrices, for error feedback.
 
         Raises:
             CheckpointError: as `Checkpoint.read`, or values too large for the output's type.
         """
+        if (
+            isinstance(checkpoint, HqqCheckpoint)
+            and self.weight_format is not None
+            and self.transform is None
+        ):
+            kept = checkpoint.quantized(self.source, self.weight_format)
+            if kept is not None:
+                return Outcome(kept.tensors(self.target), kept.squared_error, kept.squared_sum)
         tensor = checkpoint.read(self.source, self.shape)
         if self.transform is not None:
             tensor = self.transform(tensor)
         if self.weight_format is None:
             return Outcome({self.target: self._converted(tensor)})
+        inputs = None if moments is None or self.kind in UNFED else moments(self.target)
         try:
-            matrix = quantize_matrix(tensor, self.weight_format)
+            if inputs is None:
+                matrix = quantize_matrix(tensor, self.weight_format)
+            else:
+                matrix = quantize_with_feedback(tensor, inputs, self.weight_format)
         except CheckpointError as error:
             error.what = f"{self.source}: {error.what}"
             raise
@@ -113,8 +133,15 @@ class Plan:
         return sum(step.output_bytes for step in self.steps)
 
 
-def make_plan(checkpoint: Checkpoint, config: MlaConfig) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint,
+    config: MlaConfig,
+    rotations: Sequence[LatentRotation | None] | None = None,
+) -> Plan:
     """Plan the way from an ordinary checkpoint to the model of `config`, which has the recipe.
+
+    Args:
+        rotations: of each layer's latent; without, those that the recipe names.
 
     Raises:
         CheckpointError: a tensor is missing, has the wrong shape, or is not known.
@@ -127,7 +154,9 @@ def make_plan(checkpoint: Checkpoint, config: MlaConfig) -> Plan:
     kinds: dict[str, Matrix] = {}
     for found in matrices(target):
         kinds.setdefault(found.name, found)
-    transforms = dict(_transforms(checkpoint, target, config))
+    if rotations is None:
+        rotations = _uncalibrated(config)
+    transforms = dict(_transforms(checkpoint, target, config, rotations))
     steps: dict[str, Step] = {}
     for name, shape in checkpoint_shapes(target).items():
         base = name.rpartition(".")[0]
@@ -154,28 +183,43 @@ def make_plan(checkpoint: Checkpoint, config: MlaConfig) -> Plan:
     return Plan(tuple(steps.values()), _skipped(checkpoint, expected, config))
 
 
+def _uncalibrated(config: MlaConfig) -> list[LatentRotation | None]:
+    blocks = [
+        config.recipe.of_layer(layer).latent_rotation for layer in range(config.num_hidden_layers)
+    ]
+    return [None if block is None else LatentRotation(block) for block in blocks]
+
+
 def _transforms(
-    checkpoint: Checkpoint, model: Decoder, config: MlaConfig
+    checkpoint: Checkpoint,
+    model: Decoder,
+    config: MlaConfig,
+    rotations: Sequence[LatentRotation | None],
 ) -> Iterator[tuple[str, Transform]]:
     """What happens to tensors of the source beside quantisation, by name."""
-    recipe, rank = config.recipe, config.kv_lora_rank
-    if not recipe.gamma_folded and recipe.latent_rotation is None:
-        return
-    for module in model.modules():
-        if not isinstance(module, LatentAttention):
+    rank = config.kv_lora_rank
+    gamma_folded = config.recipe.gamma_folded and config.has_latent_norm
+    for layer, rotation in zip(model.layers, rotations, strict=True):
+        if not gamma_folded and rotation is None:
             continue
+        module = layer.self_attn
+        assert isinstance(module, LatentAttention)
         up = module.sources["w_uk"]
         assert isinstance(up, UpProjection)
         prefix = up.kv_b_proj.name.removesuffix("kv_b_proj.weight")
-        gamma_name = f"{prefix}kv_a_layernorm.weight" if recipe.gamma_folded else None
+        gamma_name = f"{prefix}kv_a_layernorm.weight" if gamma_folded else None
 
-        def fold_b(tensor: torch.Tensor, gamma_name: str | None = gamma_name) -> torch.Tensor:
+        def fold_b(
+            tensor: torch.Tensor,
+            gamma_name: str | None = gamma_name,
+            rotation: LatentRotation | None = rotation,
+        ) -> torch.Tensor:
             gamma = None if gamma_name is None else checkpoint.read(gamma_name, (rank,))
-            return fold_kv_b(tensor, gamma, recipe.latent_rotation)
+            return fold_kv_b(tensor, gamma, rotation)
 
         yield up.kv_b_proj.name, fold_b
-        if recipe.latent_rotation is not None:
-            fold_a = functools.partial(fold_kv_a, rank=rank, block=recipe.latent_rotation)
+        if rotation is not None:
+            fold_a = functools.partial(fold_kv_a, rank=rank, rotation=rotation)
             for leaf in ("weight", "bias"):
                 yield f"{prefix}kv_a_proj_with_mqa.{leaf}", fold_a
 

@@ -18,11 +18,21 @@ from typing import Any, Protocol
 
 import mla_deploy
 from mla_deploy.checkpoint import Checkpoint, ShardWriter
-from mla_deploy.config import read_json_object
-from mla_deploy.errors import CheckpointError, ConfigError
+from mla_deploy.config import MlaConfig, read_json_object
+from mla_deploy.errors import CheckpointError, ConfigError, UsageError
 from mla_deploy.output import check_output, check_space, writing
+from mla_deploy.quant.cache_choice import (
+    CacheChoices,
+    choose_cache,
+    load_choices,
+    remove_axes,
+    save_choices,
+)
+from mla_deploy.quant.calibrate import CalibrationText
+from mla_deploy.quant.feedback import measure_moments, moments_of, remove_moments
+from mla_deploy.quant.hqq_source import open_source, options_of_source
 from mla_deploy.quant.options import QuantizeOptions, recipe_for
-from mla_deploy.quant.plan import Outcome, Plan, Step, make_plan
+from mla_deploy.quant.plan import Moments, Outcome, Plan, Step, make_plan
 from mla_deploy.quant.workspace import workspace
 from mla_deploy.recipe import RECIPE_KEY, Recipe
 
@@ -83,6 +93,8 @@ class QuantizeReport:
     resumed_bytes: int
     """Written by an earlier, interrupted run."""
     seconds: float
+    cache: CacheChoices | None = None
+    """What the calibration found, if there was one."""
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -104,6 +116,7 @@ class QuantizeReport:
             "skipped": {reason: len(names) for reason, names in self.skipped.items()},
             "resumed_bytes": self.resumed_bytes,
             "seconds": self.seconds,
+            "calibration": None if self.cache is None else self.cache.to_json(),
         }
 
 
@@ -126,25 +139,48 @@ def quantize_checkpoint(
 
     Raises:
         ConfigError, CheckpointError: the source is broken or not supported.
-        UsageError: options that do not fit the model.
+        UsageError: options that do not fit the model, or a calibration text that is no use.
         OutputError: the output exists, the disk is full, or an unfinished other job is in the way.
     """
     started = time.monotonic()
     source, out = Path(source), Path(out)
     options = options or QuantizeOptions()
-    checkpoint = Checkpoint(source)
+    checkpoint = open_source(source)
+    options = options_of_source(checkpoint, options)
     raw_config = read_json_object(source / "config.json")
     if raw_config.get(RECIPE_KEY) is not None:
         raise CheckpointError(
             f"{source} is quantised already", hint="quantize the checkpoint it was made from"
         )
-    recipe = recipe_for(checkpoint.config, options)
-    plan = make_plan(checkpoint, replace(checkpoint.config, recipe=recipe))
+    config = checkpoint.config
+    if options.calibration and type(checkpoint) is not Checkpoint:
+        raise UsageError(
+            "a checkpoint that is quantised already cannot be calibrated",
+            found=f"{source}, and --calibration",
+            hint="calibrate with the original checkpoint, or leave --calibration out",
+        )
+    recipe = recipe_for(config, options)
+    plan = make_plan(checkpoint, replace(config, recipe=recipe))
     check_output(source, out, _is_ours, force=force)
-    with workspace(out, _job(checkpoint, raw_config, options)) as folder:
-        run = _Run(checkpoint, plan, folder, progress)
+    text = None
+    if options.calibration:
+        text = CalibrationText.read(options.calibration, source, config)
+    choices: CacheChoices | None = None
+    with workspace(out, _job(checkpoint, raw_config, options, text)) as folder:
+        if text is not None:
+            choices = _calibrate(source, folder, config, text, options, progress)
+            recipe = recipe_for(config, options, choices)
+            plan = make_plan(checkpoint, replace(config, recipe=recipe), choices.rotations)
+        moments = None
+        if text is not None and options.feedback:
+            measure_moments(source, folder, config, text, progress)
+            moments = moments_of(folder, config)
+        run = _Run(checkpoint, plan, folder, progress, moments)
         run.weights()
+        raw_config.pop("quantization_config", None)  # the source's, which is the recipe's now
         _write_companions(source, folder, {**raw_config, RECIPE_KEY: recipe.to_json()})
+        remove_axes(folder)
+        remove_moments(folder)
     return QuantizeReport(
         recipe=recipe,
         source_bytes=_source_bytes(checkpoint, plan),
@@ -153,7 +189,26 @@ def quantize_checkpoint(
         skipped=plan.skipped,
         resumed_bytes=run.resumed_bytes,
         seconds=time.monotonic() - started,
+        cache=choices,
     )
+
+
+def _calibrate(
+    source: Path,
+    folder: Path,
+    config: MlaConfig,
+    text: CalibrationText,
+    options: QuantizeOptions,
+    progress: Progress | None,
+) -> CacheChoices:
+    """Calibrate once: a resumed run must fold the very matrices that are in finished shards."""
+    choices = load_choices(folder)
+    if choices is None:
+        choices = choose_cache(
+            source, config, text, options.kv, options.kv_budget, options.rotate, progress
+        )
+        save_choices(folder, choices)
+    return choices
 
 
 @dataclass
@@ -164,6 +219,7 @@ class _Run:
     plan: Plan
     folder: Path
     progress: Progress | None
+    moments: Moments | None
     kinds: dict[str, KindReport] = field(default_factory=dict)
     resumed_bytes: int = 0
 
@@ -180,7 +236,7 @@ class _Run:
             if writer.is_done(step.outputs[0]):
                 self._count(step, *known_errors.get(step.target, (0.0, 0.0)))
             else:
-                outcome = step.run(self.checkpoint)
+                outcome = step.run(self.checkpoint, self.moments)
                 self._count(step, outcome.squared_error, outcome.squared_sum)
                 _append_error(errors_file, step, outcome)
                 writer.add_all(outcome.tensors)
@@ -238,7 +294,10 @@ def _is_ours(out: Path) -> bool:
 
 
 def _job(
-    checkpoint: Checkpoint, raw_config: Mapping[str, Any], options: QuantizeOptions
+    checkpoint: Checkpoint,
+    raw_config: Mapping[str, Any],
+    options: QuantizeOptions,
+    text: CalibrationText | None,
 ) -> dict[str, Any]:
     """What must be equal for a repeated run to go on with the work of another."""
     files = sorted({info.file for info in checkpoint.tensors.values()})
@@ -251,7 +310,8 @@ def _job(
         "version": mla_deploy.__version__,
         "source": str(checkpoint.path.resolve()),
         "source_sha256": hashlib.sha256(seen.encode()).hexdigest(),
-        "options": dataclasses.asdict(options),
+        "options": {**dataclasses.asdict(options), "calibration": list(options.calibration)},
+        "calibration_sha256": None if text is None else text.sha256,
     }
 
 

@@ -3,23 +3,25 @@
     engine = load("bundle")
     print(engine.generate("Once upon a time", GenerationOptions(max_tokens=64)).text)
 
-`engine.py` is the model in memory, `session.py` a sequence in it, `generation.py` the loop that
-makes text with `sampling.py`, `stopping.py` and `statistics.py`; `graph.py` and `arena.py` are the
-graph in onnxruntime and the memory of the cache.
+The engine is the one of C and C++ programs: `csrc/core/`, compiled into `_runtime` with the
+bindings in `csrc/python/`. What is here is its Python face: `engine.py` is the model in memory,
+`session.py` a sequence in it, `generation.py` turns its tokens into text with `stopping.py`.
 
-The C++ core in `csrc/` and `include/` will take the place of the Python engine behind these names.
 Of the rest of mla-deploy the runtime may import only what needs no torch (the bundle, errors, the
 tokenizer), because a bundle is run where neither torch nor transformers is installed.
 """
 
+from mla_deploy.runtime.cancellation import Cancellation
 from mla_deploy.runtime.engine import Engine, load
 from mla_deploy.runtime.generation import Event, FinishReason, Generation, GenerationResult
 from mla_deploy.runtime.ops import Kernels, ops_library
 from mla_deploy.runtime.options import GenerationOptions
+from mla_deploy.runtime.sampling import Sampler
 from mla_deploy.runtime.session import Session
 from mla_deploy.runtime.statistics import Statistics
 
 __all__ = [
+    "Cancellation",
     "Engine",
     "Event",
     "FinishReason",
@@ -27,6 +29,7 @@ __all__ = [
     "GenerationOptions",
     "GenerationResult",
     "Kernels",
+    "Sampler",
     "Session",
     "Statistics",
     "load",

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import functools
-import threading
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
 from mla_deploy.bundle import Bundle
-from mla_deploy.errors import SessionError, UsageError
-from mla_deploy.runtime.arena import SCRATCH_PAGE, ArenaFullError, PageArena, PageTable
+from mla_deploy.errors import BundleError, UsageError
+from mla_deploy.runtime import _runtime
+from mla_deploy.runtime.cancellation import Cancellation
 from mla_deploy.runtime.generation import Generation, GenerationResult
-from mla_deploy.runtime.graph import DecoderGraph, Integers, Logits
+from mla_deploy.runtime.native import Logits, onnxruntime_library, require_engine, token_array
+from mla_deploy.runtime.ops import Kernels, choose
 from mla_deploy.runtime.options import GenerationOptions
 from mla_deploy.runtime.session import Session
 from mla_deploy.tokenizer import TOKENIZER, Tokenizer
 
 PREFILL_CHUNK = 512
+MOST, MOST_TOKENS = (1 << 32) - 1, (1 << 64) - 1
+"""What the engine's integers hold; it refuses less than that."""
 
 
 def load(
@@ -48,9 +52,10 @@ def load(
 
     Raises:
         BundleError: the folder is no bundle, or is damaged.
-        UsageError: an option outside its range, onnxruntime is not installed, or kernels are asked
-            for that this installation does not have.
+        UsageError: an option outside its range, onnxruntime is not installed, kernels are asked for
+            that this installation does not have, or it was built without the engine.
     """
+    require_engine()
     for name, value in (
         ("max_tokens", max_tokens),
         ("prefill_chunk", prefill_chunk),
@@ -58,17 +63,53 @@ def load(
     ):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise UsageError(f"{name} is out of range", found=value, allowed="1 or more")
-    opened = Bundle.open(bundle, verify=verify)
-    graph = DecoderGraph(opened, threads=threads, spin=spin, kernels=kernels)
-    if max_tokens is None:
-        max_tokens = opened.manifest.model.max_position_embeddings
-    return Engine(opened, graph, PageArena(opened.manifest.cache, max_tokens), prefill_chunk)
+    opened = Bundle.of_manifest(bundle)  # the engine checks the files
+    if opened.manifest.tensorrt is not None:
+        opened = Bundle.open(bundle, verify=verify)
+        return _load_tensorrt(opened, max_tokens, threads=threads, kernels=kernels)
+
+    def core(library: Path | None) -> _runtime.Engine:
+        return _runtime.Engine(
+            bundle=os.fsencode(opened.path),
+            onnxruntime_library=os.fsencode(onnxruntime_library()),
+            ops_library=None if library is None else os.fsencode(library),
+            max_tokens=min(max_tokens or 0, MOST_TOKENS),
+            prefill_chunk=min(prefill_chunk, MOST),
+            threads=min(threads or 0, MOST),
+            spin=spin,
+            verify=verify,
+        )
+
+    chosen = choose(kernels)
+    try:
+        return Engine(opened, core(chosen.library), chosen)
+    except (BundleError, UsageError) as error:  # such as a cache format that the library lacks
+        if kernels != "auto" or chosen.library is None:
+            raise
+        chosen = Kernels(None, error.found or error.what)
+    return Engine(opened, core(None), chosen)
+
+
+def _load_tensorrt(
+    bundle: Bundle, max_tokens: int | None, *, threads: int | None, kernels: str
+) -> Engine:
+    if threads is not None or kernels != "auto":
+        raise UsageError(
+            "threads and kernels are for bundles that run on the CPU",
+            found=f"threads {threads}, kernels {kernels}",
+            hint="leave them out: TensorRT runs on the GPU with kernels of its own",
+        )
+    from mla_deploy.runtime.tensorrt import load_tensorrt
+
+    # Not the class, but its methods.
+    return cast("Engine", load_tensorrt(bundle, max_tokens))
 
 
 class Engine:
     """A loaded bundle. Made by `load`.
 
-    Sessions may be used from several threads; the graph runs one step at a time.
+    It computes in C++ (`csrc/core/`), without Python's lock. Sessions may be used from several
+    threads; the graph runs one step at a time, and callers get their turns in order.
 
     Attributes:
         bundle: what was loaded.
@@ -78,18 +119,19 @@ class Engine:
         kernels: what computes latent attention.
     """
 
-    def __init__(
-        self, bundle: Bundle, graph: DecoderGraph, arena: PageArena, prefill_chunk: int
-    ) -> None:
+    def __init__(self, bundle: Bundle, core: _runtime.Engine, kernels: Kernels) -> None:
+        """Use `load`."""
         self.bundle = bundle
-        self.lock = threading.RLock()
-        self._graph = graph
-        self._arena = arena
-        self._prefill_chunk = prefill_chunk
-        self.capacity_tokens = arena.capacity_tokens
-        self.kv_bytes_per_token = arena.page_bytes / arena.page_tokens
-        self.kernels = graph.kernels
-        graph.bind_cache(arena.arrays)
+        self.kernels = kernels
+        self.capacity_tokens = core.capacity_tokens
+        self.kv_bytes_per_token = core.bytes_per_token
+        self._core = core
+        self._vocab_size = bundle.manifest.model.vocab_size
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens of `capacity_tokens` in pages that no session uses now."""
+        return self._core.free_tokens
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -113,7 +155,16 @@ class Engine:
 
     def session(self) -> Session:
         """An empty session."""
-        return Session(self, PageTable(self._arena))
+        return Session(self, self._core.session())
+
+    def load_session(self, path: Path | str) -> Session:
+        """A session that `Session.save` wrote; it goes on exactly as that one would have.
+
+        Raises:
+            SessionError: the file cannot be read, is damaged, of another version or of another
+                bundle (nothing of it is used then), or does not fit into the cache or the context.
+        """
+        return Session(self, self._core.load_session(os.fsencode(path)))
 
     def generate(
         self,
@@ -121,9 +172,10 @@ class Engine:
         options: GenerationOptions | None = None,
         *,
         session: Session | None = None,
+        cancellation: Cancellation | None = None,
     ) -> GenerationResult:
         """Continue a prompt. Arguments and errors: as `stream`."""
-        generation = self.stream(prompt, options, session=session)
+        generation = self.stream(prompt, options, session=session, cancellation=cancellation)
         for _ in generation:
             pass
         return generation.result
@@ -134,6 +186,7 @@ class Engine:
         options: GenerationOptions | None = None,
         *,
         session: Session | None = None,
+        cancellation: Cancellation | None = None,
     ) -> Generation:
         """Continue a prompt, one event a token.
 
@@ -143,14 +196,17 @@ class Engine:
             session: its cache is used again for as much of the prompt as it holds already, and the
                 rest is forgotten; afterwards it holds the prompt and all new tokens but the last.
                 None: a session of its own.
+            cancellation: what another thread stops it with, at once.
 
         Raises:
             UsageError: the prompt is empty, or holds ids that the model does not have.
-            SessionError: the prompt does not fit into the cache or the model's context.
+            SessionError: the prompt does not fit into the cache or the model's context, or
+                something else changes the session before the end.
             TokenizerError: text is wanted of a bundle without a tokenizer.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return Generation(self, self.check_ids(ids), options or GenerationOptions(), session)
+        chosen = options or GenerationOptions()
+        return Generation(self, self.check_ids(ids), chosen, session, cancellation)
 
     def check_ids(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> list[int]:
         """The ids as a list.
@@ -158,25 +214,8 @@ class Engine:
         Raises:
             UsageError: there are none, or they are not token ids of this model.
         """
-        vocab_size = self.bundle.manifest.model.vocab_size
-        if not len(ids):
-            raise UsageError("there are no tokens", hint="give at least one")
-        try:
-            array = np.asarray(ids)
-        except (ValueError, OverflowError):  # lists of lists of unequal lengths
-            array = np.empty((0, 0))
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise UsageError(
-                "tokens must be a flat list of integers", found=repr(ids)[:80], allowed="token ids"
-            )
-        outside = array[(array < 0) | (array >= vocab_size)]
-        if len(outside):
-            raise UsageError(
-                "a token is not in the model's vocabulary",
-                found=outside[0],
-                allowed=f"0 to {vocab_size - 1}",
-                hint="use the tokenizer of the bundle",
-            )
+        array = token_array(ids)
+        self._core.check_tokens(array)
         flat: list[int] = array.tolist()
         return flat
 
@@ -186,6 +225,7 @@ class Engine:
         *,
         all_logits: bool = False,
         positions: Sequence[Sequence[int]] | None = None,
+        cancellation: Cancellation | None = None,
     ) -> list[Logits]:
         """Append tokens to several sessions at once, as many to each as it is given.
 
@@ -193,6 +233,7 @@ class Engine:
             requests: sessions, each at most once, and their new tokens.
             all_logits: give the logits after every new token.
             positions: give them after these, counted in the new tokens of each request.
+            cancellation: what another thread stops it with, at once.
 
         Returns:
             For each request the logits after its last token, [vocab_size]; with all_logits or
@@ -200,132 +241,32 @@ class Engine:
 
         Raises:
             UsageError: tokens or positions out of range, a session twice or of another engine.
-            SessionError: a session is closed, or the tokens do not fit into the model's context or
-                the cache. Then no session has changed.
+            SessionError: a session is closed, a generation is under way on it, the tokens do not
+                fit into the model's context or the cache, or the call was cancelled. Then no
+                session has changed.
         """
-        with self.lock:
-            feeds = [self._feed(session, ids) for session, ids in requests]
-            if len({id(feed.session) for feed in feeds}) < len(feeds):
-                raise UsageError("a session can be only once in a step", hint="fork it")
-            if all_logits and positions is not None:
-                raise UsageError("all_logits and positions exclude each other")
-            if all_logits:
-                wanted = [list(range(len(feed.ids))) for feed in feeds]
-            elif positions is None:
-                wanted = [[len(feed.ids) - 1] for feed in feeds]
-            else:
-                wanted = _check_positions(positions, feeds)
-            try:
-                self._reserve(feeds)
-                results = self._run(feeds, wanted)
-            except BaseException:  # also when the user interrupts
-                for feed in feeds:
-                    feed.session.rewind(feed.past)
-                raise
-            if all_logits or positions is not None:
-                return results
-            return [logits[0] for logits in results]
-
-    def _feed(self, session: Session, ids: Sequence[int]) -> _Feed:
-        session.check_open()
-        if session.engine is not self:
-            raise UsageError("a session belongs to the engine that made it")
-        checked = self.check_ids(ids)
-        limit = self.bundle.manifest.model.max_position_embeddings
-        if session.length + len(checked) > limit:
-            raise SessionError(
-                "the model's context is too short",
-                found=f"{session.length} tokens in the session and {len(checked)} new ones",
-                allowed=f"{limit} together",
-                hint="shorten the prompt, or rewind the session",
-            )
-        return _Feed(session, checked, session.length)
-
-    def _reserve(self, feeds: Sequence[_Feed]) -> None:
-        try:
-            for feed in feeds:
-                feed.session.pages.reserve(feed.past, feed.past + len(feed.ids))
-        except ArenaFullError:
-            for feed in feeds:
-                feed.session.pages.truncate(feed.past)
-            free = self._arena.free_pages * self._arena.page_tokens
-            raise SessionError(
-                "the cache is full",
-                found=f"{sum(len(feed.ids) for feed in feeds)} new tokens",
-                allowed=f"{feeds[0].session.room} for this session"
-                if len(feeds) == 1
-                else f"{free} in free pages, besides what the sessions' last pages hold",
-                hint=f"load the bundle with max_tokens above {self.capacity_tokens}, or close or "
-                "rewind a session",
-            ) from None
-
-    def _run(self, feeds: Sequence[_Feed], wanted: Sequence[Sequence[int]]) -> list[Logits]:
-        """Run the graph chunk by chunk. Logits [len(wanted[i]), vocab_size] for each feed."""
-        vocab_size = self.bundle.manifest.model.vocab_size
-        results = [np.empty((len(rows), vocab_size), dtype=np.float32) for rows in wanted]
-        active = list(range(len(feeds)))
-        done = 0
-        while active:
-            # At most prefill_chunk tokens at once, whatever the number of sessions.
-            size = max(1, self._prefill_chunk // len(active))
-            chunk = [
-                _Feed(f.session, f.ids[done : done + size], f.past + done)
-                for f in (feeds[i] for i in active)
-            ]
-            rows = [
-                [(row, at - done) for row, at in enumerate(wanted[i]) if done <= at < done + size]
-                for i in active
-            ]
-            logits = self._graph.run(_feeds(chunk, [[at for _, at in row] for row in rows]))
-            for b, i in enumerate(active):
-                for column, (row, _) in enumerate(rows[b]):
-                    results[i][row] = logits[b, column]
-                chunk[b].session.appended(chunk[b].ids)
-            done += size
-            active = [i for i in active if done < len(feeds[i].ids)]
-        return results
-
-
-@dataclass(frozen=True)
-class _Feed:
-    """New tokens of one session, after `past` tokens in its cache."""
-
-    session: Session
-    ids: list[int]
-    past: int
-
-
-def _feeds(chunk: Sequence[_Feed], logits_at: Sequence[Sequence[int]]) -> dict[str, Integers]:
-    """The graph's inputs but for the cache. Shapes: `mla_deploy.bundle`."""
-    pages = [feed.session.pages.pages for feed in chunk]
-    return {
-        "input_ids": _padded([feed.ids for feed in chunk], 0),
-        "past_lengths": np.array([feed.past for feed in chunk], dtype=np.int64),
-        "new_lengths": np.array([len(feed.ids) for feed in chunk], dtype=np.int64),
-        "block_table": _padded(pages, SCRATCH_PAGE),
-        "logit_index": _padded(logits_at, 0),
-    }
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int) -> Integers:
-    """The rows side by side, filled up on the right to the longest one; at least one column."""
-    table = np.full((len(rows), max(1, *map(len, rows))), value, dtype=np.int64)
-    for line, row in zip(table, rows, strict=True):
-        line[: len(row)] = row
-    return table
-
-
-def _check_positions(positions: Sequence[Sequence[int]], feeds: Sequence[_Feed]) -> list[list[int]]:
-    if len(positions) != len(feeds):
-        raise UsageError(
-            "every request needs its list of positions", found=len(positions), allowed=len(feeds)
-        )
-    for at, feed in zip(positions, feeds, strict=True):
-        outside = [position for position in at if not 0 <= position < len(feed.ids)]
-        if outside:
+        if all_logits and positions is not None:
+            raise UsageError("all_logits and positions exclude each other")
+        if positions is not None and len(positions) != len(requests):
             raise UsageError(
-                "a position is not among the new tokens",
-                found=outside[0],
-                allowed=f"0 to {len(feed.ids) - 1}",
+                "every request needs its list of positions",
+                found=len(positions),
+                allowed=len(requests),
             )
-    return [list(at) for at in positions]
+        given = []
+        results = []
+        for index, (session, ids) in enumerate(requests):
+            array = token_array(ids)
+            if all_logits:
+                wanted = np.arange(len(array))
+            elif positions is None:
+                wanted = np.array([len(array) - 1])
+            else:
+                wanted = np.array(positions[index], dtype=np.int64)
+            logits = np.empty((len(wanted), self._vocab_size), dtype=np.float32)
+            given.append((session.core, array, wanted, logits))
+            results.append(logits)
+        self._core.step(given, None if cancellation is None else cancellation.core)
+        if all_logits or positions is not None:
+            return results
+        return [logits[0] for logits in results]

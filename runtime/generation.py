@@ -1,16 +1,17 @@
-"""The loop that makes text: prefill, then sample, show and decode one token after another."""
+"""The loop that makes text: the engine makes the tokens, here they become text and events."""
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
+from mla_deploy.runtime import _runtime
+from mla_deploy.runtime.cancellation import Cancellation
+from mla_deploy.runtime.native import token_array
 from mla_deploy.runtime.options import GenerationOptions
-from mla_deploy.runtime.sampling import Sampler
 from mla_deploy.runtime.statistics import Statistics
 from mla_deploy.runtime.stopping import StopStrings
 
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
     from mla_deploy.runtime.engine import Engine
     from mla_deploy.runtime.session import Session
 
-FinishReason = Literal["eos", "stop", "length", "context"]
+FinishReason = Literal["eos", "stop", "length", "context", "cancelled"]
 """`eos`: the model ended the text. `stop`: a stop string came. `length`: max_tokens were made.
-`context`: the model's context or the cache has no room for another token."""
+`context`: the model's context or the cache has no room for another token. `cancelled`: by a
+`Cancellation`; it has no event, as no token comes with it."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,11 @@ class Generation(Iterator[Event]):
         prompt: Sequence[int],
         options: GenerationOptions,
         session: Session | None,
+        cancellation: Cancellation | None,
     ) -> None:
-        if session is not None:
-            session.check_open()
-        self._loop = _Loop(engine, prompt, options)
+        self._loop = _Loop(engine, prompt, options, session or engine.session())
         # The events know the loop but not this object: no cycle delays freeing the session.
-        self._events = self._loop.events(session)
+        self._events = self._loop.events(session, cancellation)
 
     def __next__(self) -> Event:
         return next(self._events)
@@ -103,76 +104,75 @@ class Generation(Iterator[Event]):
 class _Loop:
     """The state of a generation, and the loop over its tokens."""
 
-    def __init__(self, engine: Engine, prompt: Sequence[int], options: GenerationOptions) -> None:
-        self._engine = engine
-        self._prompt = list(prompt)
-        self._options = options
+    def __init__(
+        self, engine: Engine, prompt: Sequence[int], options: GenerationOptions, session: Session
+    ) -> None:
+        self._core: _runtime.Generation | None = _runtime.Generation(
+            session.core,
+            token_array(prompt),
+            options.sampling(),
+            sorted(engine.eos_token_ids),
+            options.max_tokens,
+        )
+        self._took = self._core.result()
+        self._prompt_tokens = len(prompt)
         needs_text = engine.has_tokenizer or options.stop
         self._decoder = engine.tokenizer.stream() if needs_text else None
         self._stops = StopStrings(options.stop)
         self._tokens: list[int] = []
         self._text: list[str] = []
+        self._text_seconds = 0.0
         self._finish_reason: FinishReason | None = None
-        self._reused = 0
-        self._prefill_seconds = 0.0
-        self._decode_seconds = 0.0
-        self._cache_bytes = 0
 
     def result(self) -> GenerationResult:
+        core = self._core
+        reused, prefill_ms, decode_ms, cache_bytes = self._took if core is None else core.result()
         statistics = Statistics(
-            prompt_tokens=len(self._prompt),
-            reused_tokens=self._reused,
+            prompt_tokens=self._prompt_tokens,
+            reused_tokens=reused,
             generated_tokens=len(self._tokens),
-            prefill_seconds=self._prefill_seconds,
-            decode_seconds=self._decode_seconds,
-            cache_bytes=self._cache_bytes,
+            prefill_seconds=prefill_ms / 1000,
+            decode_seconds=decode_ms / 1000 + self._text_seconds,
+            cache_bytes=cache_bytes,
         )
         return GenerationResult(
             tuple(self._tokens), "".join(self._text), self._finish_reason, statistics
         )
 
-    def events(self, session: Session | None) -> Generator[Event, None, None]:
-        with contextlib.ExitStack() as stack:
-            if session is None:
-                session = stack.enter_context(self._engine.session())
-            yield from self._generate(session)
+    def events(
+        self, session: Session | None, cancellation: Cancellation | None
+    ) -> Generator[Event, None, None]:
+        """session: the caller's, if it is one."""
+        core = self._core
+        assert core is not None
+        flag = None if cancellation is None else cancellation.core
+        try:
+            while self._finish_reason is None:
+                if session is not None:
+                    session.core  # noqa: B018 - raises if it was closed meanwhile
+                made = core.next(flag)
+                if made is None:
+                    self._finish_reason = "cancelled"
+                    return
+                start = time.perf_counter()
+                event = self._event(*made)
+                self._text_seconds += time.perf_counter() - start
+                yield event
+        finally:
+            self._took = core.result()
+            self._core = None  # and with it the session, if nobody else has it
 
-    def _generate(self, session: Session) -> Iterator[Event]:
-        start = time.perf_counter()
-        # The last token is computed again if need be: its logits are wanted.
-        self._reused = session.rewind_to_prefix(self._prompt[:-1])
-        logits = session.prefill(self._prompt[self._reused :])
-        self._prefill_seconds = time.perf_counter() - start
-        sampler = Sampler(self._options, len(logits))
-        sampler.observe(self._prompt)
-        while self._finish_reason is None:
-            start = time.perf_counter()
-            if self._tokens:
-                logits = session.decode(self._tokens[-1])
-            token = sampler.pick(logits)
-            sampler.observe([token])
-            self._tokens.append(token)
-            event = self._event(token, session.room)
-            self._cache_bytes = session.cache_bytes
-            self._decode_seconds += time.perf_counter() - start
-            yield event
-
-    def _event(self, token: int, room: int) -> Event:
-        is_eos = token in self._engine.eos_token_ids
+    def _event(self, token: int, reason: FinishReason | None) -> Event:
+        self._tokens.append(token)
         text = ""
-        if self._decoder is not None and not is_eos:
+        if self._decoder is not None and reason != "eos":
             text = self._stops.push(self._decoder.push(token))
-        if is_eos:
-            self._finish_reason = "eos"
-        elif self._stops.stopped:
-            self._finish_reason = "stop"
-        elif len(self._tokens) == self._options.max_tokens:
-            self._finish_reason = "length"
-        elif room < 1:
-            self._finish_reason = "context"
-        if self._decoder is not None and self._finish_reason is not None:
+            if self._stops.stopped:
+                reason = "stop"
+        if self._decoder is not None and reason is not None:
             text += self._stops.push(self._decoder.finish()) + self._stops.finish()
             if self._stops.stopped:  # perhaps by the replacement of half a character
-                self._finish_reason = "stop"
+                reason = "stop"
+        self._finish_reason = reason
         self._text.append(text)
-        return Event(token, text, self._finish_reason)
+        return Event(token, text, reason)

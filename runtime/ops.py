@@ -9,6 +9,7 @@ ONNX Runtime inlines the function that the model brings. Both leave the same cac
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,8 +35,8 @@ def ops_library() -> Path:
             "this installation has no operator library",
             found=f"no {LIBRARY} in {folder}",
             hint="set ONNXRUNTIME_ROOT to a folder with onnxruntime's headers (on Debian, "
-            "`tools/fetch_onnxruntime_headers.py` prints one) and install mla-deploy from source "
-            "again; docs/operator-library.md has more",
+            "`tools/fetch_debian.py libonnxruntime-dev` prints one) and install mla-deploy from "
+            "source again; docs/operator-library.md has more",
         )
     return path
 
@@ -65,7 +66,8 @@ def choose(wanted: str) -> Kernels:
     """The kernels for "auto", "native" or "stock".
 
     Raises:
-        UsageError: an unknown choice, or "native" where there is no library.
+        UsageError: an unknown choice, "native" where there is no library, or MLA_CPU_ISA names an
+            instruction set that is not to be had.
     """
     if wanted not in CHOICES:
         raise UsageError("unknown kernels", found=wanted, allowed=", ".join(CHOICES))
@@ -77,6 +79,15 @@ def choose(wanted: str) -> Kernels:
         if wanted == "native":
             raise
         return Kernels(None, f"{error.what}: {error.found}")
-    if wanted == "auto" and _runtime.cpu_isas() == ["portable"]:
+    isas = _runtime.cpu_isas()
+    forced = os.environ.get("MLA_CPU_ISA", "auto") or "auto"
+    if forced not in ("auto", *isas):
+        raise UsageError(
+            "MLA_CPU_ISA names an instruction set that this CPU or this build does not have",
+            found=forced,
+            allowed=", ".join(("auto", *isas)),
+            hint="unset it, or load the bundle with kernels='stock'",
+        )
+    if wanted == "auto" and forced == "auto" and isas == ["portable"]:
         return Kernels(None, "for this CPU there are portable kernels only, which are slower")
     return Kernels(library)

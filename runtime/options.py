@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from mla_deploy.errors import UsageError
+from mla_deploy.runtime import _runtime
+from mla_deploy.runtime.native import require_engine
+
+MOST = (1 << 32) - 1
+"""Of tokens to generate, and of those to sample among."""
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to go on from a prompt. The order in which the choices apply: `sampling.py`.
+    """How to go on from a prompt.
+
+    The choices apply in the order of transformers, so that the same options mean the same: penalty,
+    temperature, top-k, top-p, min-p; `csrc/core/sampling.h` defines them.
 
     Attributes:
         max_tokens: generate at most so many.
@@ -37,14 +44,15 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_integer("max_tokens", self.max_tokens, 1)
-        _check_integer("top_k", self.top_k, 0)
+        _check_integer("max_tokens", self.max_tokens, 1, MOST)
+        _check_integer("top_k", self.top_k, 0, MOST)
         if self.seed is not None:
-            _check_integer("seed", self.seed, 0)
-        _check_number("temperature", self.temperature, 0, math.inf)
-        _check_number("top_p", self.top_p, 0, 1, above=True)
-        _check_number("min_p", self.min_p, 0, 1)
-        _check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, above=True)
+            _check_integer("seed", self.seed, 0, (1 << 64) - 1)
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)):
+                raise UsageError(f"{name} is out of range", found=repr(value), allowed="a number")
+        self.sampling()
         if not isinstance(self.stop, tuple) or not all(
             isinstance(text, str) and text for text in self.stop
         ):
@@ -54,24 +62,21 @@ class GenerationOptions:
                 allowed="a tuple of non-empty strings",
             )
 
+    def sampling(self) -> _runtime.SamplingOptions:
+        """The part of it that the sampler knows; checks the ranges of the numbers."""
+        require_engine()
+        return _runtime.SamplingOptions(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+        )
 
-def _check_integer(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise UsageError(f"{name} is out of range", found=value, allowed=f"an integer >= {least}")
 
-
-def _check_number(
-    name: str, value: object, least: float, most: float, *, above: bool = False
-) -> None:
-    if (
-        not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or not least <= value <= most
-        or (above and value == least)
-    ):
-        allowed = f"{'above' if above else 'at least'} {least}"
+def _check_integer(name: str, value: object, least: int, most: int) -> None:
+    if not isinstance(value, int) or not least <= value <= most:
         raise UsageError(
-            f"{name} is out of range",
-            found=value,
-            allowed=allowed if most == math.inf else f"{allowed}, at most {most}",
+            f"{name} is out of range", found=value, allowed=f"an integer, {least} to {most}"
         )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from mla_deploy.errors import SessionError
-from mla_deploy.runtime.arena import ArenaFullError, PageTable
-from mla_deploy.runtime.graph import Logits
+from mla_deploy.runtime import _runtime
+from mla_deploy.runtime.cancellation import Cancellation
+from mla_deploy.runtime.native import Logits, token_array
 
 if TYPE_CHECKING:
     from mla_deploy.runtime.engine import Engine
@@ -18,21 +20,14 @@ if TYPE_CHECKING:
 class Session:
     """One sequence: made by `Engine.session`, closed by `close` or at the end of a `with`.
 
-    After an error a session holds the tokens it held before the call, and goes on working.
+    After an error a session holds the tokens it held before the call, and goes on working. Threads
+    may share one; what they do to it then comes in any order.
     """
 
-    def __init__(self, engine: Engine, pages: PageTable, tokens: Sequence[int] = ()) -> None:
-        """Use `Engine.session` or `fork`.
-
-        Args:
-            pages: for the engine; holds room for `tokens`.
-        """
+    def __init__(self, engine: Engine, core: _runtime.Session) -> None:
+        """Use `Engine.session` or `fork`."""
         self.engine = engine
-        self.pages = pages
-        self._tokens = list(tokens)
-        self._closed = False
-        # A forgotten session must not keep its pages.
-        weakref.finalize(self, pages.abandon).atexit = False
+        self._core: _runtime.Session | None = core
 
     def __enter__(self) -> Session:
         return self
@@ -46,39 +41,56 @@ class Session:
         self.close()
 
     @property
+    def core(self) -> _runtime.Session:
+        """The session in C++.
+
+        Raises:
+            SessionError: the session is closed.
+        """
+        core = self._core
+        if core is None:
+            raise SessionError("the session is closed", hint="make another with Engine.session()")
+        return core
+
+    @property
     def length(self) -> int:
         """Tokens in the cache."""
-        return len(self._tokens)
+        return 0 if self.closed else self.core.length
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """The tokens in the cache."""
-        return tuple(self._tokens)
+        return () if self.closed else tuple(self.core.tokens())
 
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._closed
+        return self._core is None
 
     @property
     def room(self) -> int:
         """Tokens that can be added now: the model's context and the free pages allow so many."""
-        with self.engine.lock:
-            left = self.engine.bundle.manifest.model.max_position_embeddings - self.length
-            return max(0, min(left, self.pages.room(self.length)))
+        return 0 if self.closed else self.core.room
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of this session's pages, those shared with forks included."""
-        return self.pages.cache_bytes
+        return 0 if self.closed else self.core.cache_bytes
 
-    def prefill(self, ids: Sequence[int], *, all_logits: bool = False) -> Logits:
+    def prefill(
+        self,
+        ids: Sequence[int],
+        *,
+        all_logits: bool = False,
+        cancellation: Cancellation | None = None,
+    ) -> Logits:
         """Append tokens; the logits after the last one, or after each.
 
         Shapes: [vocab_size], or with all_logits [len(ids), vocab_size].
         Errors: as `Engine.step`.
         """
-        return self.engine.step([(self, ids)], all_logits=all_logits)[0]
+        request = [(self, ids)]
+        return self.engine.step(request, all_logits=all_logits, cancellation=cancellation)[0]
 
     def decode(self, token_id: int) -> Logits:
         """Append one token; the logits after it, [vocab_size]. Errors: as `Engine.step`."""
@@ -90,14 +102,7 @@ class Session:
         Raises:
             SessionError: the session is closed, or does not hold as many tokens.
         """
-        self.check_open()
-        if not 0 <= length <= self.length:
-            raise SessionError(
-                "a session cannot be rewound to there", found=length, allowed=f"0 to {self.length}"
-            )
-        with self.engine.lock:
-            self.pages.truncate(length)
-            del self._tokens[length:]
+        self.core.rewind(length)
 
     def rewind_to_prefix(self, ids: Sequence[int]) -> int:
         """Forget what differs from `ids`; how many tokens of them stay.
@@ -107,11 +112,7 @@ class Session:
         Raises:
             SessionError: the session is closed.
         """
-        same = 0
-        for held, wanted in zip(self._tokens, ids, strict=False):
-            if held != wanted:
-                break
-            same += 1
+        same = self.core.common_prefix(token_array(ids))
         self.rewind(same)
         return same
 
@@ -123,28 +124,7 @@ class Session:
         Raises:
             SessionError: the session is closed, holds less than a page, or the cache is full.
         """
-        self.check_open()
-        with self.engine.lock:
-            page_tokens = self.engine.bundle.manifest.cache.page_tokens
-            whole = self.length // page_tokens * page_tokens
-            if self.length < length and not whole:
-                raise SessionError(
-                    "there is no whole page to copy",
-                    found=f"{self.length} tokens",
-                    allowed=f"{page_tokens} or more",
-                    hint="prefill more tokens first",
-                )
-            if self.length >= length:
-                return
-            self.rewind(whole)
-            try:
-                self.pages.extend_by_copies(length)
-            except ArenaFullError:
-                raise SessionError(
-                    "the cache is full", found=f"{length} tokens", allowed=f"{whole + self.room}"
-                ) from None
-            repeats = -(-length // whole)
-            self._tokens = (self._tokens * repeats)[:length]
+        self.core.fill_by_copies(length)
 
     def fork(self) -> Session:
         """Another session with the same tokens; takes no memory until one of them goes on.
@@ -152,21 +132,20 @@ class Session:
         Raises:
             SessionError: the session is closed.
         """
-        self.check_open()
-        with self.engine.lock:
-            return Session(self.engine, self.pages.fork(), self._tokens)
+        return Session(self.engine, self.core.fork())
+
+    def save(self, path: Path | str) -> None:
+        """Write the session to a file that `Engine.load_session` reads.
+
+        The file appears whole or not at all. It holds the tokens and their cache, for this bundle
+        alone, unencrypted.
+
+        Raises:
+            SessionError: the session is closed, or a generation is under way on it.
+            OutputError: the file cannot be written.
+        """
+        self.core.save(os.fsencode(path))
 
     def close(self) -> None:
-        """Give the memory back. Closing again does nothing."""
-        if not self._closed:
-            self.rewind(0)
-            self._closed = True
-
-    def check_open(self) -> None:
-        """Raise a SessionError if the session is closed."""
-        if self._closed:
-            raise SessionError("the session is closed", hint="make another with Engine.session()")
-
-    def appended(self, ids: Sequence[int]) -> None:
-        """For the engine: note tokens whose cache was written."""
-        self._tokens += ids
+        """Give the memory back, once calls in other threads have ended. May be called again."""
+        self._core = None

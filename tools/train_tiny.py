@@ -121,7 +121,7 @@ def train(model: Any, ids: torch.Tensor, args: argparse.Namespace) -> None:
         x = torch.stack([ids[i : i + length] for i in starts.tolist()]).long()
         x[:, 0] = COMMON["bos_token_id"]
         x = x.to(args.device)
-        with torch.autocast(args.device, dtype=torch.bfloat16):
+        with torch.autocast(args.device, dtype=torch.bfloat16, enabled=not args.fp32):
             loss = model(input_ids=x, labels=x, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--fp32", action="store_true", help="for a CPU without bfloat16 units")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

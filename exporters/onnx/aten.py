@@ -29,9 +29,12 @@ def lowers(*targets: object) -> Callable[[Lowering], Lowering]:
 
 
 def as_value(c: Context, value: Any, dtype: torch.dtype) -> ir.Value:
-    """An operand: a value as it is, a weight stored as it is, a number as a constant."""
+    """An operand: a value as it is, a weight stored as it is, a number as a constant, an extent as
+    the int64 it is at run time."""
     if isinstance(value, ir.Value):
         return value
+    if isinstance(value, torch.SymInt):
+        return c.builder.extent(value)
     if isinstance(value, Weight):
         return stored(c, value)
     return c.builder.constant(value, dtype)
@@ -65,6 +68,7 @@ _binary("Mod", aten.remainder.Scalar)
 _binary("Less", aten.lt.Tensor, aten.lt.Scalar)
 _binary("LessOrEqual", aten.le.Tensor, aten.le.Scalar)
 _binary("Greater", aten.gt.Tensor, aten.gt.Scalar)
+_binary("GreaterOrEqual", aten.ge.Scalar)
 _binary("BitwiseAnd", aten.__and__.Scalar)
 _binary("MatMul", aten.matmul.default)
 _unary("Abs", aten.abs.default)
@@ -203,6 +207,11 @@ def _stack(c: Context, parts: Sequence[ir.Value], dim: int = 0) -> ir.Value:
     return c.builder.op("Concat", *[c.builder.op("Unsqueeze", p, axis) for p in parts], axis=dim)
 
 
+@lowers(aten.cat.default)
+def _cat(c: Context, parts: Sequence[ir.Value], dim: int = 0) -> ir.Value:
+    return c.builder.op("Concat", *parts, axis=dim)
+
+
 @lowers(aten.slice.Tensor)
 def _slice(c: Context, x: ir.Value, dim: int = 0, start: int = 0, end: int = 0) -> ir.Value:
     if start == 0 and end == torch.iinfo(torch.int64).max:
@@ -225,6 +234,11 @@ def _split(c: Context, x: ir.Value, sizes: Sequence[int], dim: int = 0) -> Any:
 @lowers(aten.gather.default)
 def _gather(c: Context, x: ir.Value, dim: int, index: ir.Value) -> ir.Value:
     return c.builder.op("GatherElements", x, index, axis=dim)
+
+
+@lowers(aten.index_select.default)
+def _index_select(c: Context, x: ir.Value, dim: int, index: ir.Value) -> ir.Value:
+    return c.builder.op("Gather", x, index, axis=dim)
 
 
 @lowers(aten.scatter.value)

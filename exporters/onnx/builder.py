@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ Chunks = Callable[[Read], Iterator[torch.Tensor]]
 DTYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
     torch.int64: ir.DataType.INT64,
     torch.int8: ir.DataType.INT8,
     torch.uint8: ir.DataType.UINT8,
@@ -40,7 +42,7 @@ class Initializer:
     @property
     def nbytes(self) -> int:
         """Size of its data in the external file."""
-        return math.prod(self.shape) * int(self.dtype.itemsize)
+        return math.ceil(math.prod(self.shape) * self.dtype.itemsize)
 
 
 class GraphBuilder:
@@ -97,13 +99,18 @@ class GraphBuilder:
         return self._constants[key]
 
     def initializer(
-        self, name: str, dtype: torch.dtype, shape: Sequence[int], chunks: Chunks
+        self, name: str, dtype: torch.dtype | ir.DataType, shape: Sequence[int], chunks: Chunks
     ) -> ir.Value:
-        """A weight; asked for again under the same name, it is the same value."""
+        """A weight; asked for again under the same name, it is the same value.
+
+        Args:
+            dtype: ONNX's own for the types that torch does not have, such as INT4.
+        """
         if name not in self.initializers:
-            self.initializers[name] = Initializer(name, DTYPES[dtype], tuple(shape), chunks)
+            kind = DTYPES[dtype] if isinstance(dtype, torch.dtype) else dtype
+            self.initializers[name] = Initializer(name, kind, tuple(shape), chunks)
             self._values[name] = ir.Value(
-                name=name, shape=ir.Shape(shape), type=ir.TensorType(DTYPES[dtype])
+                name=name, shape=ir.Shape(shape), type=ir.TensorType(kind)
             )
         return self._values[name]
 
@@ -118,6 +125,14 @@ class GraphBuilder:
         shape = None if axes is None else ir.Shape(axes)
         kind = None if dtype is None else ir.TensorType(DTYPES[dtype])
         return ir.Value(name=name, shape=shape, type=kind)
+
+    @contextmanager
+    def own_symbols(self) -> Iterator[None]:
+        """Emit another trace inside of one that is being emitted: their symbols are not related."""
+        kept = self.symbols, self._extents, self.scope
+        self.symbols, self._extents = {}, {}
+        yield
+        self.symbols, self._extents, self.scope = kept
 
     def extent(self, size: int | torch.SymInt) -> ir.Value:
         """An extent as int64 of shape [1]."""

@@ -23,7 +23,7 @@ from mla_deploy.bundle import (
     describe_file,
     write_manifest,
 )
-from mla_deploy.cache import PAGE_TOKENS, cache_record
+from mla_deploy.cache import PAGE_TOKENS
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import TokenizerError
@@ -31,7 +31,7 @@ from mla_deploy.exporters.onnx import ort
 from mla_deploy.exporters.onnx.attention_function import OPSET
 from mla_deploy.exporters.onnx.graph import build_graph
 from mla_deploy.exporters.onnx.weights import Progress, write_external_data
-from mla_deploy.model import count_parameters
+from mla_deploy.model import cache_parts, count_parameters
 from mla_deploy.output import check_output, check_space, new_folder, writing
 
 GRAPH_FILE = "model.onnx"
@@ -42,6 +42,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+CALIBRATION_FILE = "calibration.json"
+"""What `quantize` measured; `eval --report` draws it."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def export_onnx(
     config = checkpoint.config
     require_tokenizer(source)
     check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
-    graph = build_graph(config, checkpoint)
+    graph = build_graph(config, checkpoint, ort.OnnxRuntime())
     initializers = list(graph.builder.initializers.values())
     check_space(out.parent, sum(one.nbytes for one in initializers))
     with new_folder(out) as folder:
@@ -91,14 +93,14 @@ def export_onnx(
             )
             write_manifest(folder, manifest)
         size = sum(file.stat().st_size for file in folder.iterdir())
-    record = cache_record(config.recipe.cache_format)
-    per_layer = record.bytes_per_token(config.kv_lora_rank, config.qk_rope_head_dim)
     return ExportReport(
         bundle=out,
         bytes=size,
         seconds=time.monotonic() - start,
         nodes=len(graph.builder.nodes),
-        kv_bytes_per_token=per_layer * config.num_hidden_layers,
+        kv_bytes_per_token=sum(
+            part.bytes_per_token for parts in cache_parts(config) for part in parts
+        ),
     )
 
 
@@ -113,8 +115,10 @@ def require_tokenizer(source: Path) -> None:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> list[str]:
-    """Copy tokenizer, chat template and generation config; gives the names that were there."""
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    """Copy tokenizer, chat template, generation config, and what a calibration measured; gives the
+    names that were there."""
+    wanted = (*TOKENIZER_FILES, CALIBRATION_FILE)
+    names = [name for name in wanted if (source / name).is_file()]
     for name in names:
         shutil.copyfile(source / name, folder / name)
     return names
@@ -129,16 +133,21 @@ def model_info(config: MlaConfig) -> ModelInfo:
 
 def cache_info(config: MlaConfig) -> CacheInfo:
     """The manifest's part on the cache."""
-    name = config.recipe.cache_format
-    parts = [
-        CachePartInfo(
-            name=part.name,
-            dtype=str(part.dtype).removeprefix("torch."),
-            page_shape=list(part.page_shape),
+    formats = config.recipe.cache_formats(config.num_hidden_layers)
+    layers = [
+        LayerCache(
+            format=name,
+            parts=[
+                CachePartInfo(
+                    name=part.name,
+                    dtype=str(part.dtype).removeprefix("torch."),
+                    page_shape=list(part.page_shape),
+                )
+                for part in parts
+            ],
         )
-        for part in cache_record(name).parts(config.kv_lora_rank, config.qk_rope_head_dim)
+        for name, parts in zip(formats, cache_parts(config), strict=True)
     ]
-    layers = [LayerCache(format=name, parts=parts) for _ in range(config.num_hidden_layers)]
     return CacheInfo(page_tokens=PAGE_TOKENS, layers=layers)
 
 

@@ -2,32 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import abc
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import onnx_ir as ir
 import torch
 from torch import nn
 
-from mla_deploy.cache import CachePart, cache_record
+from mla_deploy.cache import CachePart
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
-from mla_deploy.exporters.onnx import ort
-from mla_deploy.exporters.onnx.attention_function import (
-    ATTENTION_DOMAIN,
-    OPSET,
-    AttentionFunctions,
-)
-from mla_deploy.exporters.onnx.builder import DTYPES, GraphBuilder
+from mla_deploy.exporters.onnx.builder import GraphBuilder
 from mla_deploy.exporters.onnx.translate import Table, Weight, translate
 from mla_deploy.exporters.trace import TensorSpec, Trace, trace
 from mla_deploy.families import family_of
-from mla_deploy.modules.base import parameter_sources
+from mla_deploy.model import cache_parts
+from mla_deploy.modules.base import Block, parameter_sources
 from mla_deploy.modules.decoder import DecoderLayer, Epilogue, Prologue
+from mla_deploy.modules.mlp import Router
 
 IR_VERSION = 11
 
-IR_VERSION = 11
+Typed = TypeVar("Typed", bound=nn.Module)
+
+SEQUENCE_INPUTS = {
+    "input_ids": ("batch", "tokens"),
+    "past_lengths": ("batch",),
+    "new_lengths": ("batch",),
+    "block_table": ("batch", "pages_per_sequence"),
+    "logit_index": ("batch", "logits"),
+}
+"""The decoder's inputs beside the cache, all int64."""
+
+
+class Target(abc.ABC):
+    """How the decoder is spelled for one runtime: operators, types, and the form of the cache."""
+
+    table: Table
+    opset_imports: Mapping[str, int]
+    functions: Sequence[ir.Function] = ()
+    """Read when all layers are lowered."""
+    dtype: torch.dtype = torch.float32
+    """Of activations and of float matrices. In float32 stay routers, whose choices hang on small
+    differences, and the sum that runs through all layers, which adds up their rounding."""
+    batch: int | None = None
+    """Sequences, where their number is fixed."""
+    sequence_inputs: Sequence[str] = tuple(SEQUENCE_INPUTS)
+    """Those of `SEQUENCE_INPUTS` that the graph has; lowerings must not ask for the others."""
+
+    @abc.abstractmethod
+    def cache_input(self, builder: GraphBuilder, layer: int, part: CachePart) -> ir.Value:
+        """The graph input of one part of a layer's cache."""
+
+    def cache_value(self, builder: GraphBuilder, value: ir.Value, part: CachePart) -> ir.Value:
+        """What the layer is given for that input."""
+        return value
+
+    @abc.abstractmethod
+    def cache_output(
+        self, builder: GraphBuilder, value: ir.Value, layer: int, part: CachePart
+    ) -> ir.Value:
+        """The graph output of what the layer gave for that part."""
 
 
 @dataclass(frozen=True)
@@ -38,100 +75,109 @@ class DecoderGraph:
     builder: GraphBuilder
 
 
-def build_graph(config: MlaConfig, checkpoint: Checkpoint) -> DecoderGraph:
-    """Build the graph that `mla_deploy.bundle` describes.
+def build_graph(config: MlaConfig, checkpoint: Checkpoint, target: Target) -> DecoderGraph:
+    """Build the graph of a model, with the inputs and outputs that the target gives it.
 
     Every tensor is looked up in the checkpoint's headers first, so that what is missing is reported
     before anything is written.
     """
-    builder, functions = GraphBuilder(), AttentionFunctions()
-    table = ort.table(functions)
+    builder = GraphBuilder()
     family = family_of(config.model_type, str(checkpoint.path))
-    parts = cache_record(config.recipe.cache_format).parts(
-        config.kv_lora_rank, config.qk_rope_head_dim
-    )
     hidden = config.hidden_size
     int64 = torch.int64
-    values = {
-        name: builder.input(name, int64, axes)
-        for name, axes in (
-            ("input_ids", ("batch", "tokens")),
-            ("past_lengths", ("batch",)),
-            ("new_lengths", ("batch",)),
-            ("block_table", ("batch", "pages_per_sequence")),
-            ("logit_index", ("batch", "logits")),
+    batch = target.batch or "B"
+    inputs = [
+        builder.input(
+            name, int64, [target.batch or axis if axis == "batch" else axis for axis in axes]
         )
-    }
-    inputs = list(values.values())
+        for name, axes in SEQUENCE_INPUTS.items()
+        if name in target.sequence_inputs
+    ]
+    values: dict[str, ir.Value | None] = dict.fromkeys(SEQUENCE_INPUTS)
+    values |= {str(value.name): value for value in inputs}
     presents: list[ir.Value] = []
 
     prologue = Prologue(config)
-    specs = [TensorSpec("input_ids", ("B", "S"), int64), TensorSpec("past_lengths", ("B",), int64)]
-    x, cos, sin = _emit(
-        trace(prologue, specs), prologue, builder, table, values, "model", checkpoint
-    )
+    specs = [
+        TensorSpec("input_ids", (batch, "S"), int64),
+        TensorSpec("past_lengths", (batch,), int64),
+    ]
+    emit = _Emitter(builder, target, checkpoint)
+    x, cos, sin = emit(trace(emit.typed(prologue), specs), prologue, values, "model")
     values |= {"cos": cos, "sin": sin, "x": x}
 
     traces: dict[tuple[object, ...], Trace] = {}
-    for index in range(config.num_hidden_layers):
-        layer = family.layer(config, index)
+    for index, parts in enumerate(cache_parts(config)):
+        layer = emit.typed(family.layer(config, index))
         kind = _kind(layer)
         if kind not in traces:
-            traces[kind] = trace(layer, _layer_specs(layer, hidden, config, parts))
-        cache = {
-            part.name: builder.input(
-                f"cache.{index}.{part.name}", part.dtype, ("pages", *part.page_shape)
-            )
-            for part in parts
-        }
-        inputs += cache.values()
+            traces[kind] = trace(layer, _layer_specs(layer, config, parts, target))
         scope = f"model.layers.{index}"
-        x, residual, *present = _emit(
-            traces[kind], layer, builder, table, {**values, **cache}, scope, checkpoint
-        )
+        builder.scope = f"/model/layers.{index}/cache"
+        cache = {}
+        for part in parts:
+            inputs.append(target.cache_input(builder, index, part))
+            cache[part.name] = target.cache_value(builder, inputs[-1], part)
+        x, residual, *present = emit(traces[kind], layer, {**values, **cache}, scope)
         values |= {"x": x, "residual": residual}
-        presents += _name_outputs(present, index, parts)
+        builder.scope = f"/model/layers.{index}/cache"
+        for value, part in zip(present, parts, strict=True):
+            presents.append(target.cache_output(builder, value, index, part))
 
-    epilogue = Epilogue(config)
+    epilogue = emit.typed(Epilogue(config))
     specs = [
-        TensorSpec("x", ("B", "S", hidden)),
-        TensorSpec("residual", ("B", "S", hidden)),
-        TensorSpec("logit_index", ("B", "L"), int64),
+        TensorSpec("x", (batch, "S", hidden), target.dtype),
+        TensorSpec("residual", (batch, "S", hidden)),
+        TensorSpec("logit_index", (batch, "L"), int64),
     ]
-    (logits,) = _emit(trace(epilogue, specs), epilogue, builder, table, values, "model", checkpoint)
+    (logits,) = emit(trace(epilogue, specs), epilogue, values, "model")
+    if target.dtype is not torch.float32:
+        logits = builder.op("Cast", logits, to=ir.DataType.FLOAT.value)
     logits.name = "logits"
     logits.type = ir.TensorType(ir.DataType.FLOAT)
-    logits.shape = ir.Shape(["batch", "logits", config.vocab_size])
+    logits.shape = ir.Shape([target.batch or "batch", "logits", config.vocab_size])
 
     graph = ir.Graph(
         inputs,
         [logits, *presents],
         nodes=builder.nodes,
         initializers=[builder.initializer_value(name) for name in builder.initializers],
-        opset_imports={"": OPSET, ort.CONTRIB: 1, ATTENTION_DOMAIN: 1},
+        opset_imports=dict(target.opset_imports),
         name="decoder",
     )
     model = ir.Model(
-        graph, ir_version=IR_VERSION, producer_name="mla-deploy", functions=functions.functions
+        graph, ir_version=IR_VERSION, producer_name="mla-deploy", functions=target.functions
     )
     return DecoderGraph(model, builder)
 
 
-def _emit(
-    traced: Trace,
-    module: nn.Module,
-    builder: GraphBuilder,
-    table: Table,
-    values: Mapping[str, ir.Value],
-    scope: str,
-    checkpoint: Checkpoint,
-) -> list[ir.Value]:
-    weights = {}
-    for name, parameter, source in parameter_sources(module):
-        checkpoint.check(source.tensors())
-        full_name = f"{scope}.{name}"
-        weights[name] = Weight(full_name, tuple(parameter.shape), parameter.dtype, source)
-    return translate(traced, builder, table, values, weights, "/" + scope.replace(".", "/", 1))
+@dataclass(frozen=True)
+class _Emitter:
+    """Emits traces of modules into one graph."""
+
+    builder: GraphBuilder
+    target: Target
+    checkpoint: Checkpoint
+
+    def __call__(
+        self, traced: Trace, module: nn.Module, values: Mapping[str, ir.Value | None], scope: str
+    ) -> list[ir.Value]:
+        weights = {}
+        for name, parameter, source in parameter_sources(module):
+            self.checkpoint.check(source.tensors())
+            full_name = f"{scope}.{name}"
+            weights[name] = Weight(full_name, tuple(parameter.shape), parameter.dtype, source)
+        path = "/" + scope.replace(".", "/", 1)
+        return translate(traced, self.builder, self.target.table, values, weights, path)
+
+    def typed(self, module: Typed) -> Typed:
+        """The module with its float32 parameters in the target's type, but for routers."""
+        for block in _blocks(module):
+            for name in block.sources:
+                parameter = block.get_parameter(name)
+                if parameter.dtype is torch.float32 and not isinstance(block, Router):
+                    parameter.data = parameter.data.to(self.target.dtype)
+        return module
 
 
 def _kind(layer: DecoderLayer) -> tuple[object, ...]:
@@ -141,26 +187,21 @@ def _kind(layer: DecoderLayer) -> tuple[object, ...]:
 
 
 def _layer_specs(
-    layer: DecoderLayer, hidden: int, config: MlaConfig, parts: tuple[CachePart, ...]
+    layer: DecoderLayer, config: MlaConfig, parts: tuple[CachePart, ...], target: Target
 ) -> list[TensorSpec | list[TensorSpec] | None]:
-    pairs = config.qk_rope_head_dim // 2
+    hidden, pairs = config.hidden_size, config.qk_rope_head_dim // 2
+    batch = target.batch or "B"
     return [
-        TensorSpec("x", ("B", "S", hidden)),
-        None if layer.is_first else TensorSpec("residual", ("B", "S", hidden)),
-        TensorSpec("cos", ("B", "S", pairs)),
-        TensorSpec("sin", ("B", "S", pairs)),
-        TensorSpec("block_table", ("B", "M"), torch.int64),
-        TensorSpec("past_lengths", ("B",), torch.int64),
-        TensorSpec("new_lengths", ("B",), torch.int64),
+        TensorSpec("x", (batch, "S", hidden), torch.float32 if layer.is_first else target.dtype),
+        None if layer.is_first else TensorSpec("residual", (batch, "S", hidden)),
+        TensorSpec("cos", (batch, "S", pairs)),
+        TensorSpec("sin", (batch, "S", pairs)),
+        TensorSpec("block_table", (batch, "M"), torch.int64),
+        TensorSpec("past_lengths", (batch,), torch.int64),
+        TensorSpec("new_lengths", (batch,), torch.int64),
         [TensorSpec(part.name, ("P", *part.page_shape), part.dtype) for part in parts],
     ]
 
 
-def _name_outputs(
-    present: list[ir.Value], layer: int, parts: tuple[CachePart, ...]
-) -> list[ir.Value]:
-    for value, part in zip(present, parts, strict=True):
-        value.name = f"present.{layer}.{part.name}"
-        value.type = ir.TensorType(DTYPES[part.dtype])
-        value.shape = ir.Shape(["pages", *part.page_shape])
-    return present
+def _blocks(module: nn.Module) -> Iterator[Block]:
+    return (child for child in module.modules() if isinstance(child, Block))

@@ -6,15 +6,23 @@ described in ONNX Runtime's ContribOperators.md.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
+from mla_deploy.cache import CachePart
 from mla_deploy.errors import ConfigError
 from mla_deploy.exporters.onnx import aten
 from mla_deploy.exporters.onnx.aten import add_bias, stored
-from mla_deploy.exporters.onnx.attention_function import ATTENTION_DOMAIN, AttentionFunctions
+from mla_deploy.exporters.onnx.attention_function import (
+    ATTENTION_DOMAIN,
+    OPSET,
+    AttentionFunctions,
+)
+from mla_deploy.exporters.onnx.builder import DTYPES, GraphBuilder
+from mla_deploy.exporters.onnx.graph import Target
 from mla_deploy.exporters.onnx.translate import Context, Lowering, Table, Weight
 from mla_deploy.exporters.onnx.weights import (
     exact_zero_chunks,
@@ -29,6 +37,29 @@ INT8_ACTIVATIONS = 4
 which adds 4e-3 to 8e-3 relative error and runs at the speed of memory."""
 
 ops = torch.ops.mla_deploy
+
+
+class OnnxRuntime(Target):
+    """The graph that `mla_deploy.bundle` describes: a paged cache, meant to be written in place."""
+
+    opset_imports: Mapping[str, int] = {"": OPSET, CONTRIB: 1, ATTENTION_DOMAIN: 1}
+
+    def __init__(self) -> None:
+        attention = AttentionFunctions()
+        self.table = table(attention)
+        self.functions = attention.functions
+
+    def cache_input(self, builder: GraphBuilder, layer: int, part: CachePart) -> ir.Value:
+        name = f"cache.{layer}.{part.name}"
+        return builder.input(name, part.dtype, ("pages", *part.page_shape))
+
+    def cache_output(
+        self, builder: GraphBuilder, value: ir.Value, layer: int, part: CachePart
+    ) -> ir.Value:
+        value.name = f"present.{layer}.{part.name}"
+        value.type = ir.TensorType(DTYPES[part.dtype])
+        value.shape = ir.Shape(["pages", *part.page_shape])
+        return value
 
 
 def table(functions: AttentionFunctions) -> Table:

@@ -45,7 +45,7 @@ def translate(
     trace: Trace,
     builder: GraphBuilder,
     table: Table,
-    inputs: Mapping[str, ir.Value],
+    inputs: Mapping[str, ir.Value | None],
     weights: Mapping[str, Weight],
     scope: str,
 ) -> list[ir.Value]:
@@ -53,7 +53,7 @@ def translate(
 
     Args:
         table: from torch op to the function that lowers it.
-        inputs: by the names of the trace's inputs.
+        inputs: by the names of the trace's inputs; None for one that no lowering asks for.
         weights: by the dotted names of the trace's parameters.
         scope: prefix of node names, such as `/model/layers.0`.
 
@@ -82,7 +82,7 @@ def _placeholder(
     node: fx.Node,
     trace: Trace,
     builder: GraphBuilder,
-    inputs: Mapping[str, ir.Value],
+    inputs: Mapping[str, ir.Value | None],
     weights: Mapping[str, Weight],
     user_inputs: Any,
 ) -> Any:

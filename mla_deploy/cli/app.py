@@ -16,7 +16,7 @@ from mla_deploy import __version__
 from mla_deploy.cli.reporter import Reporter, errors_of_click
 from mla_deploy.errors import MlaError
 
-COMMANDS = ("inspect", "quantize", "export", "run", "eval", "bench")
+COMMANDS = ("inspect", "convert", "quantize", "export", "run", "eval", "bench")
 """In the order of the work. Each is `mla_deploy.cli.NAME.command`."""
 
 USERS_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -103,7 +103,8 @@ def main() -> None:
     """Make models with multi-head latent attention small, and run them.
 
     \b
-    The usual way of a model:
+    The usual way of a model (convert: if its attention is not latent yet):
+      mla-deploy convert SOURCE -o MODEL --target-ratio 0.25 --calibration TEXT
       mla-deploy quantize MODEL -o SMALL --kv int4 --weights int4
       mla-deploy export SMALL -o BUNDLE --to onnx
       mla-deploy run BUNDLE "Once upon a time"

@@ -12,6 +12,7 @@ from mla_deploy.cli.options import PATH, force_option, output_option
 from mla_deploy.cli.reporter import Reporter, reporting
 
 if TYPE_CHECKING:
+    from mla_deploy.quant.cache_choice import CacheChoices
     from mla_deploy.quant.quantize import QuantizeReport
 
 KINDS = {
@@ -30,7 +31,17 @@ KINDS = {
     "--kv",
     default="int4",
     show_default=True,
-    help="Cache: int4, int8, fp16, fp32 or an installed one.",
+    help="Cache: int4, int4-g32, int3, int2, int8, fp8, fp16, fp32, one installed, or auto: each "
+    "layer's own, by --calibration and --kv-budget.",
+)
+@click.option(
+    "--kv-budget", type=float, help="With --kv auto: bytes a token and layer, on average."
+)
+@click.option(
+    "--calibration",
+    type=PATH,
+    multiple=True,
+    help="UTF-8 text to calibrate the cache with; may be given again. Holds the model in memory.",
 )
 @click.option(
     "--weights",
@@ -59,13 +70,27 @@ KINDS = {
     help="Output matrix: int4, int8 or none. Default: int8, or none where weights are none.",
 )
 @click.option(
+    "--feedback",
+    is_flag=True,
+    help="With --calibration: pass rounding errors on (GPTQ). Better int4 matrices, more time.",
+)
+@click.option(
     "--rotate/--no-rotate",
     default=None,
-    help="Rotate the latent before it is cached. Default: for int4 and int8.",
+    help="Rotate the latent before it is cached. Default: as the calibration says, or else for "
+    "caches of whole numbers.",
 )
 @force_option
 @reporting
-def command(reporter: Reporter, /, model: Path, output: Path, force: bool, **options: Any) -> None:
+def command(
+    reporter: Reporter,
+    /,
+    model: Path,
+    output: Path,
+    force: bool,
+    calibration: tuple[Path, ...],
+    **options: Any,
+) -> None:
     """Make the checkpoint MODEL small: its weights, and the cache it will have.
 
     Writes a checkpoint that says how it was made. A run that was killed goes on where it stopped
@@ -74,7 +99,8 @@ def command(reporter: Reporter, /, model: Path, output: Path, force: bool, **opt
     from mla_deploy.quant.options import QuantizeOptions
     from mla_deploy.quant.quantize import quantize_checkpoint
 
-    chosen = QuantizeOptions(**options)
+    texts = tuple(str(path.resolve()) for path in calibration)
+    chosen = QuantizeOptions(**options, calibration=texts)
     with reporter.progress("quantizing") as progress:
         report = quantize_checkpoint(model, output, chosen, progress, force=force)
     values = {"model": str(model), "output": str(output), **report.to_json()}
@@ -94,10 +120,11 @@ def _text(output: Path, report: QuantizeReport) -> str:
         for name, kind in report.kinds.items()
     ]
     head = ("weights", "tensors", "parameters", "bytes before", "bytes after", "relative error")
+    recipe = report.recipe
     ratio = report.source_bytes / max(1, report.output_bytes)
     entries = [
         ("output", str(output)),
-        ("cache", report.recipe.cache_format),
+        ("cache", "a format for each layer" if recipe.layers else recipe.cache_format),
         (
             "weights",
             f"{table.size(report.source_bytes)} to {table.size(report.output_bytes)} "
@@ -105,11 +132,43 @@ def _text(output: Path, report: QuantizeReport) -> str:
         ),
         ("time", f"{report.seconds:.1f} s"),
     ]
-    if report.recipe.latent_rotation is not None:
-        entries.insert(2, ("rotation", f"Hadamard blocks of {report.recipe.latent_rotation}"))
+    if recipe.latent_rotation is not None and not recipe.layers:
+        axes = "balanced axes, then " if recipe.balanced else ""
+        entries.insert(2, ("rotation", f"{axes}Hadamard blocks of {recipe.latent_rotation}"))
     if report.resumed_bytes:
         entries.append(("resumed", f"{report.resumed_bytes:,} bytes were there already"))
     entries += [
         ("left out", f"{len(names)} tensors: {reason}") for reason, names in report.skipped.items()
     ]
-    return "\n".join([table.table(head, rows), "", table.pairs(entries)])
+    found = [table.table(head, rows), "", table.pairs(entries)]
+    if report.cache is not None:
+        found += ["", *_calibration(report.cache)]
+    return "\n".join(found)
+
+
+def _calibration(cache: CacheChoices) -> list[str]:
+    """What each layer got and why, and how the allocations compare."""
+    head = ("layer", "cache", "bytes", "rotation", "latent", "attention output", "KL alone")
+    rows = [
+        (
+            str(layer),
+            choice.format,
+            str(choice.bytes),
+            choice.rotation,
+            f"{choice.sqnr_db[choice.rotation]:.1f} dB",
+            f"{choice.output_error[choice.rotation]:.2%}",
+            "-" if choice.kl is None else f"{choice.kl:.5f}",
+        )
+        for layer, choice in enumerate(cache.chosen)
+    ]
+    lines = [table.table(head, rows)]
+    measured = [point for point in cache.points if point.is_measured]
+    if measured:
+        points = [
+            (point.name, f"{point.bytes:.1f}", f"{point.kl:.5f}")
+            for point in sorted(measured, key=lambda point: point.bytes)
+        ]
+        lines += ["", table.table(("all layers", "bytes a token and layer", "KL"), points)]
+        taken = f"{cache.bytes_per_layer:.1f} of {cache.budget:g} bytes a token and layer"
+        lines += ["", table.pairs([("budget", taken)])]
+    return lines

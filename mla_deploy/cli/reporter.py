@@ -39,6 +39,11 @@ class Reporter:
         """A message to the person at the terminal."""
         click.echo(text, err=True)
 
+    def kernels(self, chosen: object, asked: str | None) -> None:
+        """Say once why the native kernels are not in use, where the choice was left to us."""
+        if asked in (None, "auto") and str(chosen).startswith("stock"):
+            self.note(f"kernels: {chosen}")
+
     def failure(self, error: MlaError, exit_code: int, kind: str | None = None) -> None:
         """Why the command stops."""
         self.note(f"mla-deploy: {error}")

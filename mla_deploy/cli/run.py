@@ -83,6 +83,7 @@ def command(
     if prompt == "-":
         prompt = decode_text(sys.stdin.buffer.read(), "standard input")
     engine = load(bundle, threads=threads, kernels=kernels or "auto")
+    reporter.kernels(engine.kernels, kernels)
     asked = engine.tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else prompt
     with engine.stream(asked, options) as generation:
         for event in generation:

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from mla_deploy.bundle import MANIFEST
 from mla_deploy.errors import UsageError
-from mla_deploy.evaluate.scorer import Scorer, TorchScorer
-from mla_deploy.runtime import Engine, load
+from mla_deploy.evaluate.scorer import TextGenerator, TorchScorer
+from mla_deploy.runtime import Engine, GenerationOptions, load
 
 
 class BundleScorer:
@@ -21,15 +21,21 @@ class BundleScorer:
         self.name = str(path)
         self.tokenizer = engine.tokenizer
         self.context = engine.bundle.manifest.model.max_position_embeddings
-        self.kernels = engine.kernels.name
+        self.kernels = engine.kernels
         self._engine = engine
 
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         with self._engine.session() as session:
             return session.prefill(ids, all_logits=True)
 
+    def generate(self, ids: Sequence[int], max_tokens: int, stop: Sequence[str]) -> str:
+        options = GenerationOptions(max_tokens=max_tokens, stop=tuple(stop))
+        return self._engine.generate(ids, options).text
 
-def open_scorers(paths: Sequence[Path], threads: int | None, kernels: str | None) -> list[Scorer]:
+
+def open_scorers(
+    paths: Sequence[Path], threads: int | None, kernels: str | None
+) -> list[TextGenerator]:
     """A scorer for each checkpoint or bundle.
 
     Raises:
@@ -49,7 +55,7 @@ def _is_bundle(path: Path) -> bool:
     return (path / MANIFEST).exists()
 
 
-def _open(path: Path, threads: int | None, kernels: str) -> Scorer:
+def _open(path: Path, threads: int | None, kernels: str) -> TextGenerator:
     if _is_bundle(path):
         # No spinning: the reference's threads want the same cores.
         return BundleScorer(path, load(path, threads=threads, spin=False, kernels=kernels))

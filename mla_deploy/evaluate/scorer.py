@@ -35,6 +35,13 @@ class Scorer(Protocol):
         """
 
 
+class TextGenerator(Scorer, Protocol):
+    """A scorer that can also continue a prompt."""
+
+    def generate(self, ids: Sequence[int], max_tokens: int, stop: Sequence[str]) -> str:
+        """The greedy continuation, without the stop string that ended it."""
+
+
 class TorchScorer:
     """A checkpoint, quantised or not, computed by the torch reference in float32.
 
@@ -59,6 +66,47 @@ class TorchScorer:
 
         from mla_deploy.model import forward_window
 
+        self._check(ids)
+        window = torch.tensor([list(ids)])
+        found: npt.NDArray[np.float32] = (
+            forward_window(self._model, self._config, window)[0].float().numpy()
+        )
+        return found
+
+    def generate(self, ids: Sequence[int], max_tokens: int, stop: Sequence[str]) -> str:
+        import torch
+
+        from mla_deploy.cache import pages_for
+        from mla_deploy.model import empty_cache
+
+        self._check(ids)
+        pages = pages_for(len(ids) + max_tokens)
+        table = torch.arange(1, pages + 1).unsqueeze(0)
+        cache = empty_cache(self._config, pages + 1)
+        made: list[int] = []
+        text, past, new = "", 0, list(ids)
+        while len(made) < max_tokens:
+            with torch.no_grad():
+                logits, cache = self._model(
+                    torch.tensor([new]),
+                    torch.tensor([past]),
+                    torch.tensor([len(new)]),
+                    table,
+                    torch.tensor([[len(new) - 1]]),
+                    cache,
+                )
+            past += len(new)
+            new = [int(logits[0, 0].argmax())]
+            if new[0] in self.tokenizer.eos_token_ids:
+                break
+            made += new
+            text = self.tokenizer.decode(made)
+            ends = [at for at in (text.find(one) for one in stop) if at >= 0]
+            if ends:
+                return text[: min(ends)]
+        return text
+
+    def _check(self, ids: Sequence[int]) -> None:
         if max(ids) >= self._config.vocab_size:
             raise CheckpointError(
                 f"the tokenizer of {self.name} has tokens that the model does not know",
@@ -66,8 +114,3 @@ class TorchScorer:
                 allowed=f"0 to {self._config.vocab_size - 1}",
                 hint="take the tokenizer and the weights from the same model",
             )
-        window = torch.tensor([list(ids)])
-        found: npt.NDArray[np.float32] = (
-            forward_window(self._model, self._config, window)[0].float().numpy()
-        )
-        return found

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mla_deploy.errors import UsageError
 from mla_deploy.tokenizer import Tokenizer
 
 DEFAULT_WINDOW = 512
+MAX_FILE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,13 @@ class Window:
     ids: tuple[int, ...]
     first: int
     offset: int
+
+    def scored_from(self, seen: int) -> Window | None:
+        """Without the predictions that see fewer tokens; None if that leaves none."""
+        skipped = max(0, seen - self.first)
+        if self.first + skipped >= len(self.ids):
+            return None
+        return Window(self.ids, self.first + skipped, self.offset + skipped)
 
 
 def read_text(path: Path | str) -> str:
@@ -75,6 +86,30 @@ def decode_text(raw: bytes, what: str) -> str:
             found=f"byte 0x{raw[error.start]:02x} at offset {error.start}",
             hint="convert it first, for instance: iconv -f LATIN1 -t UTF-8 FILE",
         ) from None
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Number and content of each line of a file of JSON lines, gzipped if its name ends so.
+
+    Raises:
+        UsageError: not there, too large, or not JSON.
+    """
+    is_gzip = path.suffix == ".gz"
+    try:
+        with path.open("rb") as stored, gzip.open(stored) if is_gzip else stored as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, EOFError) as error:
+        raise UsageError(
+            f"{path} cannot be read", found=getattr(error, "strerror", None) or error
+        ) from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise UsageError(f"{path} is too large", allowed=f"{MAX_FILE_BYTES} bytes")
+    for number, line in enumerate(decode_text(raw, str(path)).split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise UsageError(f"{path}, line {number}, is not JSON", found=error) from None
 
 
 def encode_text(tokenizer: Tokenizer, text: str, max_tokens: int | None = None) -> Corpus:

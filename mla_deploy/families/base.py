@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+from dataclasses import replace
 from typing import ClassVar
 
 from torch import nn
 
 from mla_deploy.config import ConfigReader, MlaConfig, MoeConfig
+from mla_deploy.modules.attention import LatentAttention
 from mla_deploy.modules.decoder import Decoder, DecoderLayer, Epilogue, Prologue
 from mla_deploy.modules.mlp import MoeMlp, Router, SwigluMlp
 
@@ -25,6 +27,10 @@ class Family(abc.ABC):
         """The router of a mixture-of-experts layer."""
         raise NotImplementedError(f"{type(self).__name__} has no mixture of experts")
 
+    def attention(self, config: MlaConfig, layer: int, prefix: str) -> LatentAttention:
+        """The attention of a layer."""
+        return LatentAttention(config, prefix)
+
     def mlp(self, config: MlaConfig, layer: int, prefix: str) -> nn.Module:
         """The feed-forward block of a layer."""
         moe = config.moe
@@ -36,9 +42,11 @@ class Family(abc.ABC):
 
     def layer(self, config: MlaConfig, layer: int) -> DecoderLayer:
         """One decoder layer, without storage."""
+        config = replace(config, recipe=config.recipe.of_layer(layer))
         prefix = f"model.layers.{layer}"
+        attention = self.attention(config, layer, f"{prefix}.self_attn")
         mlp = self.mlp(config, layer, f"{prefix}.mlp")
-        return DecoderLayer(config, prefix, mlp, is_first=layer == 0)
+        return DecoderLayer(config, prefix, attention, mlp, is_first=layer == 0)
 
     def decoder(self, config: MlaConfig) -> Decoder:
         """The whole model, without storage."""

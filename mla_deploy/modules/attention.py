@@ -11,6 +11,9 @@ from mla_deploy.modules.linear import Linear, Norm, Piece
 from mla_deploy.rope import softmax_scale
 from mla_deploy.sources import Stored, UpProjection
 
+NO_NORM = -1.0
+"""What `ops.latent_attention` takes for a latent without a norm."""
+
 
 class LatentAttention(Block):
     """MLA (DeepSeek-V2, arXiv 2405.04434, section 2.1).
@@ -33,7 +36,7 @@ class LatentAttention(Block):
         q_rows = heads * (nope + rope)
         kv_a = Piece(f"{prefix}.kv_a_proj_with_mqa", rank + rope, bias)
         if config.q_lora_rank is None:
-            q_a = Piece(f"{prefix}.q_proj", q_rows)
+            q_a = Piece(f"{prefix}.q_proj", q_rows, bias and config.query_bias)
         else:
             q_a = Piece(f"{prefix}.q_a_proj", config.q_lora_rank, bias)
             self.q_a_layernorm = Norm(
@@ -48,19 +51,18 @@ class LatentAttention(Block):
         self.has_q_lora = config.q_lora_rank is not None
         self.split = (q_a.rows, kv_a.rows)
         self.cache_format = recipe.cache_format
-        self.latent_norm_epsilon = config.latent_norm_eps
+        self.latent_norm_epsilon = config.latent_norm_eps if config.has_latent_norm else NO_NORM
         self.softmax_scale = softmax_scale(config)
         self.mode = "auto"
 
         kv_b = Stored(f"{prefix}.kv_b_proj.weight", (heads * (nope + v_dim), rank))
         gamma = Stored(f"{prefix}.kv_a_layernorm.weight", (rank,))
+        folded = recipe.gamma_folded or not config.has_latent_norm
         for name, shape, is_value in (
             ("w_uk", (heads, nope, rank), False),
             ("w_uv", (heads, rank, v_dim), True),
         ):
-            source = UpProjection(
-                kv_b, None if recipe.gamma_folded else gamma, heads, nope, is_value
-            )
+            source = UpProjection(kv_b, None if folded else gamma, heads, nope, is_value)
             self.declare(name, shape, source, recipe.table_dtype)
 
     def forward(
@@ -74,9 +76,7 @@ class LatentAttention(Block):
         cache: list[torch.Tensor],
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Shapes: x [B, S, hidden], to [B, S, hidden]; the rest as in `ops.latent_attention`."""
-        q, kv = self.qkv_a_proj(x).split(self.split, dim=-1)
-        if self.has_q_lora:
-            q = self.q_b_proj(self.q_a_layernorm(q))
+        q, kv = self.project(x)
         output, cache = ops.latent_attention(
             q,
             kv,
@@ -94,3 +94,10 @@ class LatentAttention(Block):
             self.mode,
         )
         return self.o_proj(output), cache
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`q` and `kv` of `ops.latent_attention`. Shapes: x [B, S, hidden]."""
+        q, kv = self.qkv_a_proj(x).split(self.split, dim=-1)
+        if self.has_q_lora:
+            q = self.q_b_proj(self.q_a_layernorm(q))
+        return q, kv

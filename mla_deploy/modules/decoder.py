@@ -45,13 +45,21 @@ class DecoderLayer(Block):
     `x` and `residual` [B, S, hidden] add up to the layer's input; the first layer has no residual.
     """
 
-    def __init__(self, config: MlaConfig, prefix: str, mlp: nn.Module, *, is_first: bool) -> None:
+    def __init__(
+        self,
+        config: MlaConfig,
+        prefix: str,
+        attention: LatentAttention,
+        mlp: nn.Module,
+        *,
+        is_first: bool,
+    ) -> None:
         super().__init__()
         self.is_first = is_first
         self.input_layernorm = Norm(
             config.hidden_size, f"{prefix}.input_layernorm", config.rms_norm_eps
         )
-        self.self_attn = LatentAttention(config, f"{prefix}.self_attn")
+        self.self_attn = attention
         self.post_attention_layernorm = Norm(
             config.hidden_size, f"{prefix}.post_attention_layernorm", config.rms_norm_eps
         )

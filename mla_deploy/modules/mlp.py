@@ -117,7 +117,7 @@ class Router(Block):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Shapes: [T, hidden] to [T, E]."""
-        return nn.functional.linear(x, self.weight)
+        return nn.functional.linear(x.float(), self.weight)
 
     def group_mask(self, group_scores: torch.Tensor) -> torch.Tensor:
         """Which experts lie in the best `topk_group` groups. Shapes: [T, groups] to [T, E] bool."""

@@ -19,7 +19,7 @@ import torch
 from torch.library import custom_op
 
 from mla_deploy.cache import PAGE_TOKENS, CacheRecord, cache_record
-from mla_deploy.errors import UsageError
+from mla_deploy.errors import CheckpointError, UsageError
 from mla_deploy.ops.norm import normalize
 
 
@@ -63,7 +63,16 @@ def latent_attention(
     Returns:
         output [B, S, H * V] and the cache with the new tokens in it. Rows of padded tokens hold
         finite values without a meaning.
+
+    Raises:
+        CheckpointError: latents that are not finite; no cache could hold them.
     """
+    if not bool(kv.isfinite().all()):
+        raise CheckpointError(
+            "attention was given latents that are not finite",
+            found=f"{int((~kv.isfinite()).sum())} of {kv.numel()} values",
+            hint="look at the weights for NaN and overflow",
+        )
     return reference(
         q,
         kv,

@@ -13,26 +13,30 @@ def normalize(x: torch.Tensor, epsilon: float) -> torch.Tensor:
 
 @custom_op("mla_deploy::rms_norm", mutates_args=())
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Shapes: x [..., D], weight [D], to [..., D]."""
-    return normalize(x, epsilon) * weight.to(x.dtype)
+    """Shapes: x [..., D], weight [D], to [..., D] of the weight's type."""
+    return (normalize(x, epsilon) * weight.to(x.dtype)).to(weight.dtype)
 
 
 @rms_norm.register_fake
 def _(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    return torch.empty_like(x)
+    return torch.empty_like(x, dtype=weight.dtype)
 
 
 @custom_op("mla_deploy::add_rms_norm", mutates_args=())
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of `x + residual`, and that sum. Shapes: all [B, S, D] but weight [D]."""
+    """The norm of `x + residual` in the weight's type, and that sum in the wider type of the two.
+
+    Shapes: all [B, S, D] but weight [D].
+    """
     total = x + residual
-    return normalize(total, epsilon) * weight.to(x.dtype), total
+    return (normalize(total, epsilon) * weight.to(total.dtype)).to(weight.dtype), total
 
 
 @add_rms_norm.register_fake
 def _(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x), torch.empty_like(x)
+    total = torch.promote_types(x.dtype, residual.dtype)
+    return torch.empty_like(x, dtype=weight.dtype), torch.empty_like(x, dtype=total)

@@ -184,6 +184,24 @@ def test_export_to_an_unknown_format(tiny_mla: Path, outputs: Path, invoke: Invo
     assert "onnx" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "sm89"], "without it"),
+        (["--onnx-only"], "without it"),
+        (["--to", "tensorrt"], "none is named"),
+        (["--to", "tensorrt", "--target", "sm42"], "does not build for this GPU"),
+        (["--to", "tensorrt", "--onnx-only", "--dtype", "fp8"], "dtype is out of range"),
+    ],
+)
+def test_export_options_of_tensorrt(
+    options: list[str], message: str, tiny_mla: Path, outputs: Path, invoke: Invoke
+) -> None:
+    result = invoke("export", tiny_mla, "-o", outputs / "out", *options)
+    assert_users_error(result, message)
+    assert list(outputs.iterdir()) == []
+
+
 def test_a_quantised_checkpoint_is_not_quantised_again(
     quantized: Path, outputs: Path, invoke: Invoke
 ) -> None:

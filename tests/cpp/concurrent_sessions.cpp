@@ -1,5 +1,5 @@
-// Threads that share an engine, sessions and cancellations in every way that runtime.h allows, for
-// ThreadSanitizer:  concurrent_sessions BUNDLE LIBONNXRUNTIME FOLDER
+// Threads that share an engine, sessions, tokenizers and cancellations in every way that runtime.h
+// allows, for ThreadSanitizer:  concurrent_sessions BUNDLE LIBONNXRUNTIME FOLDER
 //
 // Checks what can be checked on the way: tokens of a thread's own sessions do not depend on what
 // the other threads do.
@@ -113,6 +113,32 @@ void closed(const mla::Engine& engine) {
     }
 }
 
+// A tokenizer and a stream of all threads; streams of their own, one of them fed by a generation.
+void text(const mla::Engine& engine, const mla::Tokenizer& tokenizer, mla::TextStream& common,
+          int thread) {
+    for (int round = 0; round < kRounds; ++round) {
+        const std::string words = "the others in their thin tea " + std::to_string(thread);
+        mla::TextStream stream(tokenizer);
+        std::string joined;
+        for (const mla_token id : tokenizer.encode(words)) {
+            joined += stream.push(id);
+            common.push(id);
+        }
+        joined += stream.flush();
+        expect(joined == words, "a stream among others");
+
+        joined.clear();
+        mla::GenerateOptions options = ten_tokens();
+        options.on_token = [&](mla_token id) {
+            joined += stream.push(id);
+            return true;
+        };
+        const auto made = engine.session().generate(prompt_of(thread), options);
+        joined += stream.flush();
+        expect(joined == tokenizer.decode(made.tokens), "the stream of a generation");
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -131,10 +157,13 @@ int main(int argc, char** argv) {
         expected.push_back(engine->session().generate(prompt_of(i), ten_tokens()).tokens);
     }
     mla::Session common = engine->session();
+    const mla::Tokenizer tokenizer(std::string(argv[1]) + "/tokenizer.json");
+    mla::TextStream common_stream(tokenizer);
     std::vector<std::thread> threads;
     for (int i = 0; i < kThreads; ++i) {
         threads.emplace_back([&, i] { own(*engine, i, folder, expected[i]); });
         threads.emplace_back([&, i] { shared(common, i); });
+        threads.emplace_back([&, i] { text(*engine, tokenizer, common_stream, i); });
     }
     threads.emplace_back([&] { cancelled(*engine); });
     threads.emplace_back([&] { closed(*engine); });

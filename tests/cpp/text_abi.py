@@ -1,8 +1,4 @@
-"""The functions of mla_deploy/text.h for Python, by ctypes.
-
-MLA_TEXT_LIBRARY names a libmla_deploy_text.so to use; else it is built from the checkout once a
-session, in build/tests-cpp, with the engine.
-"""
+"""The functions of mla_deploy/text.h for Python, by ctypes, in the library of core_abi.py."""
 
 from __future__ import annotations
 
@@ -13,23 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
-from cpp.core_abi import BUILD, installed_prefix
+import torch
+from cpp.core_abi import AbiError, load_api
 
-STATUSES = [
-    "OK",
-    "INVALID_ARGUMENT",
-    "INVALID_HANDLE",
-    "BAD_TOKENIZER",
-    "UNSUPPORTED",
-    "FILE_ERROR",
-    "BUFFER_TOO_SMALL",
-    "NOT_FOUND",
-    "FAILED",
-    "OUT_OF_MEMORY",
-    "INTERNAL",
-]
-
+FULL = os.environ.get("MLA_DEPLOY_FULL") == "1"
+"""Whether tests take all of Unicode and whole corpora, which takes many minutes, or samples."""
 
 # All that Unicode has assigned, and every 97th of what is left.
 CHARACTERS = [
@@ -40,34 +24,17 @@ CHARACTERS = [
 ]
 
 
-class TextError(Exception):
-    def __init__(self, status: str, text: str) -> None:
-        super().__init__(f"{status}: {text}")
-        self.status = status
-        self.text = text
-
-
-def library_path() -> Path | str:
-    """The library, or why there is none."""
-    if given := os.environ.get("MLA_TEXT_LIBRARY"):
-        return Path(given)
-    if isinstance(found := installed_prefix(), str):
-        return found
-    path = BUILD / "csrc" / "text" / "libmla_deploy_text.so"
-    return path if path.is_file() else "CMake left it out: libpcre2-dev or nlohmann-json3-dev"
-
-
-def skip_without_library() -> None:
-    if isinstance(reason := library_path(), str):
-        pytest.skip(f"libmla_deploy_text.so cannot be built: {reason}")
+def some_characters() -> list[str]:
+    """Latin and others of the first blocks, and a fresh sample of all."""
+    if FULL:
+        return CHARACTERS
+    return CHARACTERS[:0x600] + [CHARACTERS[i] for i in torch.randperm(len(CHARACTERS))[:3000]]
 
 
 @cache
-def load() -> ctypes.CDLL:
-    path = library_path()
-    if isinstance(path, str):
-        raise FileNotFoundError(path)
-    lib = ctypes.CDLL(str(path))
+def load_text() -> ctypes.CDLL:
+    """The library, or the test is skipped."""
+    lib = load_api().raw
     handle, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
     ids, count = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_size_t)
     out, piece = ctypes.POINTER(handle), ctypes.POINTER(ctypes.c_void_p)
@@ -86,14 +53,12 @@ def load() -> ctypes.CDLL:
     }
     for name, arguments in signatures.items():
         getattr(lib, name).argtypes = arguments
-    lib.mla_text_last_error.restype = text
     return lib
 
 
 def call(name: str, *arguments: Any) -> None:
-    status = getattr(load(), name)(*arguments)
-    if status:
-        raise TextError(STATUSES[status], load().mla_text_last_error().decode())
+    load_text()
+    load_api().call(name, *arguments)
 
 
 class CppTokenizer:
@@ -107,7 +72,7 @@ class CppTokenizer:
             data = source.encode() if isinstance(source, str) else source
             call("mla_tokenizer_open_bytes", data, len(data), ctypes.byref(self.handle))
         # Of one's own, or garbage collection could come after the library is gone.
-        self._close = load().mla_tokenizer_close
+        self._close = load_text().mla_tokenizer_close
 
     def __del__(self) -> None:
         if self.handle and hasattr(self, "_close"):
@@ -137,7 +102,7 @@ class CppTokenizer:
             arguments = (text, len(text), int(special), ids, capacity, ctypes.byref(count))
             try:
                 call("mla_tokenizer_encode", self.handle, *arguments)
-            except TextError as error:
+            except AbiError as error:
                 if error.status != "BUFFER_TOO_SMALL":
                     raise
                 capacity = count.value
@@ -156,7 +121,7 @@ class CppTokenizer:
             arguments = (array, len(ids), int(skip_special), text, capacity, ctypes.byref(length))
             try:
                 call("mla_tokenizer_decode", self.handle, *arguments)
-            except TextError as error:
+            except AbiError as error:
                 if error.status != "BUFFER_TOO_SMALL":
                     raise
                 capacity = length.value
@@ -175,7 +140,7 @@ class CppStream:
         self.handle = ctypes.c_void_p()
         arguments = (int(skip_special), ctypes.byref(self.handle))
         call("mla_text_stream_create", tokenizer.handle, *arguments)
-        self._destroy = load().mla_text_stream_destroy
+        self._destroy = load_text().mla_text_stream_destroy
 
     def __del__(self) -> None:
         if self.handle and hasattr(self, "_destroy"):

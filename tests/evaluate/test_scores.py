@@ -16,6 +16,7 @@ import pytest
 from mla_deploy.errors import CheckpointError, TokenizerError, UsageError
 from mla_deploy.evaluate import Scorer, evaluate
 from mla_deploy.evaluate import scores as scores_module
+from mla_deploy.evaluate.journal import Journal
 from mla_deploy.evaluate.scorer import TorchScorer
 from mla_deploy.tokenizer import Tokenizer
 
@@ -108,6 +109,55 @@ def test_all_figures_follow_their_definitions(
         },
         rel=1e-10,
     )
+
+
+def test_figures_by_position_are_those_of_the_predictions_that_saw_so_much(
+    model: PairScorer, reference: PairScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores_module, "FIRST_SPAN", 3)
+    whole = evaluate(model, TEXT, reference=reference, window=16)
+    assert [(one.first, one.last) for one in whole.by_position] == [(1, 3), (4, 7), (8, 15)]
+    assert sum(one.tokens for one in whole.by_position) == whole.tokens
+    assert whole.comparison is not None
+    mean = sum((one.kl_mean or 0) * one.tokens for one in whole.by_position) / whole.tokens
+    assert mean == pytest.approx(whole.comparison.kl_mean)
+    late = evaluate(model, TEXT, reference=reference, window=16, score_from=8)
+    assert late.comparison is not None
+    last = whole.by_position[-1]
+    assert (late.tokens, late.perplexity) == (last.tokens, pytest.approx(last.perplexity))
+    assert (late.comparison.kl_mean, late.comparison.top1_agreement) == (
+        pytest.approx(last.kl_mean),
+        pytest.approx(last.top1_agreement),
+    )
+
+
+@pytest.mark.parametrize("score_from", [0, 16, 100])
+def test_nothing_sees_so_many_tokens(model: PairScorer, score_from: int) -> None:
+    with pytest.raises(UsageError, match="sees so many tokens"):
+        evaluate(model, TEXT, window=16, score_from=score_from)
+
+
+def test_it_goes_on_where_it_was_stopped(
+    model: PairScorer, reference: PairScorer, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    expected = evaluate(model, TEXT, reference=reference, window=12)
+
+    class Stopping(PairScorer):
+        left = 2
+
+        def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+            return super().logits(ids)
+
+    stopping = Stopping(tokenizer, 1)
+    file = tmp_path / "journal.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(stopping, TEXT, reference=reference, window=12, journal=Journal(file, {}))
+    stopping.left = len(tokenizer.encode(TEXT)) // 12 + 1 - 2
+    found = evaluate(stopping, TEXT, reference=reference, window=12, journal=Journal(file, {}))
+    assert found == expected
 
 
 def test_huge_logits_do_not_overflow(tokenizer: Tokenizer) -> None:

@@ -19,7 +19,11 @@ from mla_deploy.errors import CheckpointError, MlaError, OutputError, TokenizerE
 from mla_deploy.exporters.onnx import export_onnx
 from mla_deploy.model import empty_cache, forward_window, load_model
 
-FORMATS = ["fp32", "fp16", "int8", "int4"]
+FORMATS = ["fp32", "fp16", "fp8", "int8", "int4", "int4-g32", "int3", "int2"]
+BYTES = {
+    "fp32": 640, "fp16": 320, "fp8": 128 + 36, "int8": 128 + 4 + 36, "int4": 64 + 8 + 36,
+    "int4-g32": 64 + 16 + 36, "int3": 48 + 8 + 36, "int2": 32 + 8 + 36,
+}  # fmt: skip
 
 
 def with_recipe(source: Path, folder: Path, **recipe: Any) -> Path:
@@ -53,9 +57,12 @@ def test_it_computes_what_the_reference_does(exported: tuple[Path, Bundle]) -> N
     for optimize in (True, False):
         found = GraphRunner(bundle, 1, 100, optimize=optimize).append([ids])[0]
         # A code at a rounding edge may fall either way, and then the step of the format shows.
-        assert relative_error(found, expected) < {"fp32": 1e-4, "fp16": 1e-3}.get(
-            config.recipe.cache_format, 1e-2
-        )
+        assert relative_error(found, expected) < {
+            "fp32": 1e-4,
+            "fp16": 1e-3,
+            "int3": 3e-2,
+            "int2": 6e-2,
+        }.get(config.recipe.cache_format, 1e-2)
 
 
 def test_it_writes_the_bytes_the_reference_does(exported: tuple[Path, Bundle]) -> None:
@@ -81,9 +88,8 @@ def test_it_writes_the_bytes_the_reference_does(exported: tuple[Path, Bundle]) -
 
 def test_the_cache_is_as_small_as_promised(exported: tuple[Path, Bundle]) -> None:
     bundle = exported[1]
-    bytes_of = {"fp32": 640, "fp16": 320, "int8": 128 + 4 + 32 + 4, "int4": 64 + 8 + 32 + 4}
     layers = bundle.manifest.model.num_hidden_layers
-    assert bundle.kv_bytes_per_token == layers * bytes_of[bundle.manifest.cache.layers[0].format]
+    assert bundle.kv_bytes_per_token == layers * BYTES[bundle.manifest.cache.layers[0].format]
     runner = GraphRunner(bundle, 1, 64)
     bound = sum(value.numpy().nbytes for value in runner.cache.values())
     assert bound == 2 * 64 * bundle.kv_bytes_per_token  # one page, and the scratch page

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -83,6 +85,41 @@ def test_the_committed_stub_is_the_generated_one() -> None:
     assert committed.read_text() == generated.read_text(), f"copy {generated} to {committed}"
 
 
+def test_a_build_without_headers_fails_and_says_so_unless_asked_for(tmp_path: Path) -> None:
+    if shutil.which("cmake") is None or shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("there is no cmake, or no compiler")
+    # A copy, so that headers fetched before are not found.
+    shutil.copytree(ROOT / "runtime", tmp_path / "runtime")
+    for name in (
+        "mla_deploy/__init__.py",
+        "benchmarks/cpu_attention.cpp",
+        "tests/runtime/test_cpu_attention_compare.cpp",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+
+    def configure(*choices: str) -> tuple[int, str]:
+        command = ["cmake", "-S", str(tmp_path / "runtime"), "-B", str(tmp_path / "build")]
+        command += [f"-DPython_EXECUTABLE={sys.executable}", "-DMLA_PYTHON=OFF"]
+        command += ["-DMLA_FETCH_DEPENDENCIES=OFF", *choices]
+        environment = {k: v for k, v in os.environ.items() if k != "ONNXRUNTIME_ROOT"}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        output = result.stdout + result.stderr
+        if "ONNX Runtime's headers: " in output:
+            pytest.skip("this system has the headers")
+        return result.returncode, " ".join(output.split())
+
+    status, output = configure("-DMLA_ENGINE=ON")
+    assert status != 0
+    assert "The engine cannot be built" in output
+    assert "onnxruntime_c_api.h. Set ONNXRUNTIME_ROOT" in output
+    assert "MLA_ENGINE=OFF" in output
+    status, output = configure("-DMLA_ENGINE=AUTO")
+    assert (status, "libmla_deploy.so is left out" in output) == (0, True)
+    status, output = configure("-DMLA_ENGINE=OFF")
+    assert (status, "left out, because headers" in output) == (0, False)
+
+
 def test_the_wheel_holds_the_rooms_and_no_sources(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     settings = [f"--config-settings=build-dir={tmp_path}/build", f"--wheel-dir={tmp_path}"]
@@ -99,5 +136,9 @@ def test_the_wheel_holds_the_rooms_and_no_sources(tmp_path: Path) -> None:
         "mla_deploy",
         f"mla_deploy-{mla_deploy.__version__}.dist-info",
     }
+    with zipfile.ZipFile(wheel) as opened:
+        assert b"class Engine" in opened.read("mla_deploy/runtime/_runtime.pyi"), (
+            "it can run bundles"
+        )
     suffixes = {Path(name).suffix for name in files if name.startswith("mla_deploy/")}
     assert suffixes <= {".py", ".pyi", ".typed", ".so"}, "C++ sources belong to the sdist only"

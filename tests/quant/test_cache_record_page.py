@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from mla_deploy.cache import CachePart, Layout, cache_record
-from mla_deploy.quant.latent_cache import group_size, unpack_nibbles
+from mla_deploy.quant.cache_codes import group_size, unpack_codes
 
 PAGE = (Path(__file__).parents[2] / "docs" / "cache-record.md").read_text(encoding="utf-8")
 SIZES = [(512, 64), (128, 32), (256, 16), (96, 24)]
 
 
-@pytest.mark.parametrize("name", ["int4", "int8", "fp16", "fp32"])
+@pytest.mark.parametrize(
+    "name", ["int2", "int3", "int4", "int4-g32", "fp8", "int8", "fp16", "fp32"]
+)
 def test_the_bytes(name: str) -> None:
     row = re.search(rf"^\| `{name}` \| (\d+) \|", PAGE, re.MULTILINE)
     assert row is not None
@@ -29,9 +31,14 @@ def test_the_formulas(rank: int, rope: int) -> None:
     int4 = rank // 2 + 4 * rank // g + rope_bytes
     assert cache_record("int4").bytes_per_token(rank, rope) == int4
     assert cache_record("int8").bytes_per_token(rank, rope) == rank + 2 * rank // g + rope_bytes
+    assert cache_record("fp8").bytes_per_token(rank, rope) == rank + rope_bytes
+    assert cache_record("int2").bytes_per_token(rank, rope) == int4 - rank // 4
+    assert cache_record("int3").bytes_per_token(rank, rope) == int4 - rank // 8
+    half = cache_record("int4-g32").bytes_per_token(rank, rope)
+    assert half == rank // 2 + 4 * rank // group_size(rank, 32) + rope_bytes
 
 
-@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("name", ["int2", "int3", "int4", "fp8", "int8"])
 def test_the_arrays(name: str) -> None:
     arrays = PAGE.split("## Arrays")[1]
     section = arrays.split(f"| `{name}` | ")[1].split("\n| `")[0]
@@ -61,7 +68,7 @@ def test_the_places_in_a_page(layout: Layout) -> None:
 
 def test_the_nibbles() -> None:
     packed = torch.randint(0, 256, (1, 1, 16), dtype=torch.uint8)
-    channels = unpack_nibbles(packed)[0, 0]
+    channels = unpack_codes(packed, 4)[0, 0]
     for k in range(4):
         for j in range(4):
             byte = int(packed[0, 0, 4 * k + j])

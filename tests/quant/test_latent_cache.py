@@ -9,17 +9,23 @@ from hypothesis import strategies as st
 
 from mla_deploy.cache import PAGE_TOKENS, Layout, cache_formats, cache_record
 from mla_deploy.errors import ConfigError
-from mla_deploy.quant.latent_cache import (
-    LEVELS,
+from mla_deploy.quant.cache_codes import (
+    decode_fp8,
+    encode_fp8,
     encode_symmetric_int8,
     group_size,
-    pack_nibbles,
-    solve_affine_int4,
-    unpack_nibbles,
+    pack_codes,
+    solve_affine,
+    unpack_codes,
 )
 
-FORMATS = ["fp16", "fp32", "int4", "int8"]
-BYTES_AT_512_64 = {"int4": 360, "int8": 600, "fp16": 1152, "fp32": 2304}
+BYTES_AT_512_64 = {
+    "int2": 232, "int3": 296, "int4": 360, "int4-g32": 392, "fp8": 584, "int8": 600, "fp16": 1152,
+    "fp32": 2304,
+}  # fmt: skip
+FORMATS = list(BYTES_AT_512_64)
+LEVELS = 15
+STEPS = {"int2": 3, "int3": 7, "int4": 15, "int4-g32": 15, "int8": 127}
 
 
 def round_trip(name: str, c_kv: torch.Tensor, k_pe: torch.Tensor) -> list[torch.Tensor]:
@@ -67,7 +73,7 @@ def test_blocked_lines_are_as_documented() -> None:
     """Byte (b, k, t, j) of a page: token 16 b + t, channels 8 k + j and 8 k + 4 + j."""
     record = cache_record("int4")
     c_kv = torch.randn(64, 128)
-    codes, *_ = solve_affine_int4(c_kv.reshape(64, 2, 64))
+    codes, *_ = solve_affine(c_kv.reshape(64, 2, 64), LEVELS)
     codes = codes.reshape(64, 128).to(torch.uint8)
     part = record.parts(128, 32)[0]
     assert part.layout is Layout.BLOCKED
@@ -81,7 +87,7 @@ def test_blocked_lines_are_as_documented() -> None:
 def test_int4_beats_rounding_to_the_range() -> None:
     """The least-squares scale and zero are worth something."""
     x = torch.randn(2000, 64)
-    codes, scale, zero = solve_affine_int4(x)
+    codes, scale, zero = solve_affine(x, LEVELS)
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     step = (high - low) / LEVELS
     plain = ((x - low) / step).round() * step + low
@@ -89,7 +95,7 @@ def test_int4_beats_rounding_to_the_range() -> None:
     assert ours < 0.92 * (plain - x).square().mean()
 
 
-@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize(
     "row",
     [
@@ -106,7 +112,7 @@ def test_int4_beats_rounding_to_the_range() -> None:
 )
 def test_hard_groups_stay_finite_and_near(name: str, row: torch.Tensor) -> None:
     c_kv, k_pe = round_trip(name, row.unsqueeze(0), row[None, :16])
-    step = (row.amax() - row.amin()) / (LEVELS if name == "int4" else 127)
+    step = (row.amax() - row.amin()) / STEPS[name]
     slack = 0.51 * step + 2e-3 * row.abs().amax() + 1e-7
     assert (c_kv[0] - row).abs().max() <= slack + (row.abs().amax() / 127 if name == "int8" else 0)
     assert k_pe.isfinite().all()
@@ -125,7 +131,7 @@ def test_int4_error_is_bounded_by_its_step(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(8, 64, generator=generator)
     x = (x**3 if heavy else x) * spread + shift
-    codes, scale, zero = solve_affine_int4(x)
+    codes, scale, zero = solve_affine(x, LEVELS)
     assert codes.amin() >= 0
     assert codes.amax() <= LEVELS
     inside = (codes > 0) & (codes < LEVELS)
@@ -143,9 +149,27 @@ def test_int8_error_is_half_a_step(seed: int, group: int) -> None:
     assert ((codes * wide - x).abs() <= 0.51 * wide + 1e-3 * x.abs()).all()
 
 
-def test_nibbles_come_back() -> None:
-    codes = torch.randint(16, (7, 64))
-    assert torch.equal(unpack_nibbles(pack_nibbles(codes).unsqueeze(0))[0], codes.to(torch.uint8))
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_codes_come_back_and_lie_as_documented(bits: int) -> None:
+    codes = torch.randint(2**bits, (7, 64))
+    packed = pack_codes(codes, bits)
+    assert torch.equal(unpack_codes(packed.unsqueeze(0), bits)[0], codes.to(torch.uint8))
+    count = 8 // bits
+    for k, i, j in [(0, 0, 0), (1, count - 1, 3), (0, 1, 2)]:
+        found = (packed[5, 4 * k + j] >> (bits * i)) & (2**bits - 1)
+        assert found == codes[5, 4 * count * k + 4 * i + j]
+
+
+def test_fp8_is_the_one_of_torch() -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    finite = every[(every & 127) < 127]  # 127 and 255 stand for NaN
+    expected = finite.view(torch.float8_e4m3fn).float()
+    assert torch.equal(decode_fp8(finite, torch.float32), expected)
+    assert torch.equal(encode_fp8(expected)[expected != 0], finite[expected != 0])
+    halfway = (expected[1:126] + expected[2:127]) / 2
+    x = torch.cat((torch.randn(20000) * 2.0 ** torch.randint(-12, 9, (20000,)), halfway, -halfway))
+    rounded = x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    assert torch.equal(decode_fp8(encode_fp8(x), torch.float32), rounded)
 
 
 def test_group_size() -> None:

@@ -12,7 +12,9 @@ positions t, V ids, and everything modulo V:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from mla_deploy.bundle import (
     describe_file,
     write_manifest,
 )
+from mla_deploy.exporters.onnx import export_onnx
 from mla_deploy.runtime import Engine, load
 
 VOCAB = 263  # prime
@@ -146,9 +149,9 @@ def toy_logits(tokens: Sequence[int]) -> npt.NDArray[np.float32]:
     return (-((v - h) % VOCAB) / 4 - ((v - g) % VOCAB) / 8).astype(np.float32)
 
 
-def toy_model() -> onnx.ModelProto:
+def toy_model(text: str = GRAPH) -> onnx.ModelProto:
     """The graph, with the dots in its names that onnx's text format does not allow."""
-    model = onnx.parser.parse_model(GRAPH)
+    model = onnx.parser.parse_model(text)
     names = {old: old.replace("_", ".") for old in ("cache_0_token", "cache_1_code")} | {
         old: old.replace("_", ".") for old in ("present_0_token", "present_1_code")
     }
@@ -249,6 +252,29 @@ class Toy:
         """Write the manifest anew, after files were changed."""
         write_manifest(self.path, toy_manifest(self.path))
 
+    def fail_above(self, limit: int, expression: str) -> None:
+        """Let the graph fail when `expression` of its inputs, an int64, is above the limit."""
+        model = toy_model()
+        probe = onnx.parser.parse_graph(
+            f"""
+            probe (int64[B, S] input_ids, int64[B] past_lengths) => (float at_probe)
+            <int64[1] probe_shape = {{{limit + 1}}}, float probe_zero = {{0}}>
+            {{
+                probe_index = {expression}
+                probe_table = Expand (probe_zero, probe_shape)
+                at_probe = Gather (probe_table, probe_index)
+            }}
+            """
+        )
+        model.graph.node[-1].output[0] = "logits_before"
+        model.graph.initializer.extend(probe.initializer)
+        model.graph.node.extend(probe.node)
+        model.graph.node.append(
+            onnx.helper.make_node("Add", ["logits_before", "at_probe"], ["logits"])
+        )
+        onnx.save(model, self.path / "model.onnx")
+        self.seal()
+
 
 def write_toy(folder: Path) -> Toy:
     """Make the bundle in an empty folder."""
@@ -262,6 +288,48 @@ def write_toy(folder: Path) -> Toy:
     return toy
 
 
+SCRIPTED = """
+<ir_version: 10, opset_import: ["" : 21]>
+scripted (
+    int64[B, S] input_ids, int64[B] past_lengths, int64[B] new_lengths, int64[B, M] block_table,
+    int64[B, L] logit_index, float[P, 64, 1] cache_0_token, uint8[P, 2, 64] cache_1_code
+) => (
+    float[B, L, 263] logits, float[P, 64, 1] present_0_token, uint8[P, 2, 64] present_1_code
+)
+<
+    int64[1] second = {1}, int64 vocab = {263}, float[2] off_and_on = {0, 1},
+    int64[1000] script = {SCRIPT}
+>
+{
+    past = Unsqueeze (past_lengths, second)
+    position = Add (past, logit_index)
+    next = Gather (script, position)
+    logits = OneHot (next, vocab, off_and_on)
+    present_0_token = Identity (cache_0_token)
+    present_1_code = Identity (cache_1_code)
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, Sequence[int]], Engine]:
+    """An engine whose model, after a prompt of the length, says these tokens and then zeros."""
+    folder = tmp_path_factory.mktemp("scripted")
+    toy = write_toy(folder)
+
+    def engine(prompt_length: int, tokens: Sequence[int]) -> Engine:
+        script = [0] * (prompt_length - 1) + list(tokens)
+        script += [0] * (CONTEXT - len(script))
+        onnx.save(
+            toy_model(SCRIPTED.replace("SCRIPT}", ", ".join(map(str, script)) + "}")),
+            folder / "model.onnx",
+        )
+        toy.seal()
+        return toy.load()
+
+    return engine
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     """The bundle; not to be changed."""
@@ -272,6 +340,17 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 def own_toy(tmp_path: Path) -> Toy:
     """A bundle that the test may damage."""
     return write_toy(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_mla: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny-mla with an int4 cache; not to be changed."""
+    root = tmp_path_factory.mktemp("tiny")
+    source = shutil.copytree(tiny_mla, root / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["mla_deploy"] = {"version": 1, "cache_format": "int4"}
+    (source / "config.json").write_text(json.dumps(config))
+    return export_onnx(source, root / "bundle").bundle
 
 
 @pytest.fixture(scope="session")

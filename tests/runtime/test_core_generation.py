@@ -56,7 +56,7 @@ def test_greedy_tokens_are_the_most_likely(toy: Any, session: Any) -> None:
         {"repetition_penalty": 1.3},
     ],
 )
-def test_a_generation_is_that_of_the_python_engine(
+def test_a_generation_is_the_same_through_python(
     toy_engine: Any, session: Any, choices: dict[str, Any]
 ) -> None:
     made = session.generate(PROMPT, max_tokens=60, **choices)

@@ -1,4 +1,4 @@
-"""The C++ sampler against the Python one: the same tokens, probabilities and draws."""
+"""The sampler behind the C ABI, against the definition and numpy's random numbers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import pytest
 from cpp.core_abi import AbiError, Api, load_api, sampling
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from mla_deploy.runtime import GenerationOptions
-from mla_deploy.runtime.sampling import Sampler
+from support.sampling import distribution, draws
 
 # Multiples of 1/8, so that ties occur.
 LOGITS = st.lists(st.integers(-40, 40), min_size=1, max_size=60).map(
@@ -32,22 +30,13 @@ def api() -> Api:
     return load_api()
 
 
-def python_distribution(
-    logits: npt.NDArray[np.float32], choices: dict[str, float], occurred: list[int]
-) -> tuple[list[int], npt.NDArray[np.float64]]:
-    sampler = Sampler(GenerationOptions(**choices), len(logits))  # type: ignore[arg-type]
-    sampler.observe(occurred)
-    ids, probabilities = sampler.distribution(sampler._penalised(logits))
-    return ids.tolist(), probabilities
-
-
 @settings(max_examples=400, deadline=None)
 @given(logits=LOGITS, choices=CHOICES, data=st.data())
-def test_the_distribution_is_that_of_the_python_sampler(
+def test_the_distribution_is_that_of_the_definition(
     logits: npt.NDArray[np.float32], choices: dict[str, float], data: st.DataObject
 ) -> None:
     occurred = data.draw(st.lists(st.integers(0, len(logits) - 1), max_size=10))
-    ids, probabilities = python_distribution(logits, choices, occurred)
+    ids, probabilities = distribution(logits, **choices, occurred=occurred)
     sampler = load_api().sampler(sampling(**choices), len(logits))
     sampler.observe(occurred)
     found, found_probabilities = sampler.distribution(logits)
@@ -63,19 +52,19 @@ def test_a_large_vocabulary_is_cut_alike(api: Api, top_p: float, spread: float, 
     """The nucleus is larger than the first look for some of these, and smaller for others."""
     logits = (np.random.default_rng(1).normal(size=50_000) * spread).astype(np.float32)
     choices = {"temperature": 1.0, "top_p": top_p, "top_k": top_k}
-    ids, probabilities = python_distribution(logits, choices, [])
+    ids, probabilities = distribution(logits, **choices)
     found, found_probabilities = api.sampler(sampling(**choices), 50_000).distribution(logits)
     assert found.tolist() == ids
     np.testing.assert_allclose(found_probabilities, probabilities, rtol=1e-11)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7, 2**32 - 1, 2**32, 2**64 - 1])
-def test_a_seed_draws_the_tokens_that_it_draws_in_python(api: Api, seed: int) -> None:
+def test_a_seed_draws_the_tokens_that_it_draws_in_numpy(api: Api, seed: int) -> None:
     logits = np.random.default_rng(5).normal(size=2000).astype(np.float32)
-    choices = {"temperature": 1.3, "top_k": 1500, "min_p": 0.001, "seed": seed}
-    ours = api.sampler(sampling(**choices), 2000)
-    theirs = Sampler(GenerationOptions(**choices), 2000)  # type: ignore[arg-type]
-    assert [ours.pick(logits) for _ in range(200)] == [theirs.pick(logits) for _ in range(200)]
+    choices = {"temperature": 1.3, "top_k": 1500, "min_p": 0.001}
+    ours = api.sampler(sampling(**choices, seed=seed), 2000)
+    theirs = draws(distribution(logits, **choices), seed, 200)  # type: ignore[arg-type]
+    assert [ours.pick(logits) for _ in range(200)] == theirs
 
 
 def test_without_a_seed_the_draws_differ(api: Api) -> None:

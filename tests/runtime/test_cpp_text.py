@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cpp.text_abi import CppTokenizer, TextError, call, load, skip_without_library
+from cpp.core_abi import STATUS, AbiError
+from cpp.text_abi import CppTokenizer, call, load_text
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _library() -> None:
-    skip_without_library()
-
-
-@pytest.fixture
-def config(tiny_mla: Path) -> dict[str, Any]:
-    return json.loads((tiny_mla / "tokenizer.json").read_text())
+    load_text()
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +31,8 @@ def small(**fields: Any) -> dict[str, Any]:
     return {"added_tokens": [], "model": model, **fields}
 
 
-def open_error(source: Any) -> TextError:
-    with pytest.raises(TextError) as caught:
+def open_error(source: Any) -> AbiError:
+    with pytest.raises(AbiError) as caught:
         CppTokenizer(source if isinstance(source, bytes | Path) else json.dumps(source))
     return caught.value
 
@@ -47,7 +43,7 @@ def open_error(source: Any) -> TextError:
 def test_tokens_are_found_by_content(tokenizer: CppTokenizer) -> None:
     assert tokenizer.token_id("<|bos|>") == 0
     assert tokenizer.vocab_size == 4096
-    with pytest.raises(TextError, match="no such token") as caught:
+    with pytest.raises(AbiError, match="no such token") as caught:
         tokenizer.token_id("<|nothing|>")
     assert caught.value.status == "NOT_FOUND"
 
@@ -59,19 +55,19 @@ def test_a_closed_handle_is_an_error_and_not_a_crash(tiny_mla: Path) -> None:
     own.close()
     own.handle = handle
     for use in (own.close, lambda: own.encode("a"), own.stream, lambda: own.vocab_size):
-        with pytest.raises(TextError, match="closed") as caught:
+        with pytest.raises(AbiError, match="closed") as caught:
             use()
         assert caught.value.status == "INVALID_HANDLE"
     own.handle = ctypes.c_void_p()
-    with pytest.raises(TextError, match="null"):
+    with pytest.raises(AbiError, match="null"):
         own.encode("a")
     assert stream.push(65) + stream.flush()  # it keeps what it needs
     own.handle = stream.handle  # of another kind
-    with pytest.raises(TextError, match="another kind"):
+    with pytest.raises(AbiError, match="another kind"):
         own.encode("a")
     own.handle = ctypes.c_void_p()
     stream.destroy()
-    with pytest.raises(TextError, match="null"):
+    with pytest.raises(AbiError, match="null"):
         stream.push(1)
 
 
@@ -85,7 +81,7 @@ def test_null_pointers_are_errors(tokenizer: CppTokenizer) -> None:
         "mla_tokenizer_decode": (tokenizer.handle, None, 3, 0, None, 0, None),
         "mla_text_stream_create": (tokenizer.handle, 0, None),
     }.items():
-        with pytest.raises(TextError, match="is null") as caught:
+        with pytest.raises(AbiError, match="is null") as caught:
             call(name, *arguments)
         assert caught.value.status == "INVALID_ARGUMENT", name
 
@@ -95,17 +91,21 @@ def test_a_small_buffer_says_what_is_needed(tokenizer: CppTokenizer) -> None:
     wanted = tokenizer.encode_bytes(text)
     count = ctypes.c_size_t()
     ids = (ctypes.c_int32 * 2)(-7, -7)
-    status = load().mla_tokenizer_encode(
+    status = load_text().mla_tokenizer_encode(
         tokenizer.handle, text, len(text), 0, ids, 2, ctypes.byref(count)
     )
-    assert (status, count.value, list(ids)) == (6, len(wanted), [-7, -7])
-    assert b"at least" in load().mla_text_last_error()
+    assert (status, count.value, list(ids)) == (
+        STATUS.index("BUFFER_TOO_SMALL"),
+        len(wanted),
+        [-7, -7],
+    )
+    assert b"at least" in load_text().mla_last_error()
     out = ctypes.create_string_buffer(b"xyz", 3)
     array = (ctypes.c_int32 * len(wanted))(*wanted)
-    status = load().mla_tokenizer_decode(
+    status = load_text().mla_tokenizer_decode(
         tokenizer.handle, array, len(wanted), 0, out, 3, ctypes.byref(count)
     )
-    assert (status, count.value, out.raw) == (6, len(text), b"xyz")
+    assert (status, count.value, out.raw) == (STATUS.index("BUFFER_TOO_SMALL"), len(text), b"xyz")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_small_buffer_says_what_is_needed(tokenizer: CppTokenizer) -> None:
     [b"a\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"abc\xe4\xb8", b"\x80"],
 )
 def test_text_that_is_not_utf8_is_refused(tokenizer: CppTokenizer, text: bytes) -> None:
-    with pytest.raises(TextError, match="not UTF-8") as caught:
+    with pytest.raises(AbiError, match="not UTF-8") as caught:
         tokenizer.encode_bytes(text)
     assert caught.value.status == "INVALID_ARGUMENT"
     assert f"at offset {len(text) - len(text.lstrip(b'abc'))}" in caught.value.text
@@ -263,7 +263,7 @@ def test_a_wrong_file_is_refused_by_name(name: str) -> None:
     change(config)
     error = open_error(config)
     assert error.status in {"BAD_TOKENIZER", "UNSUPPORTED"}
-    with pytest.raises(TextError, match=f"(?s){said}"):
+    with pytest.raises(AbiError, match=f"(?s){said}"):
         CppTokenizer(json.dumps(config))
 
 
@@ -292,7 +292,7 @@ def test_a_character_without_token_needs_the_unknown_token() -> None:
     config["model"]["unk_token"] = "<unk>"
     own = CppTokenizer(json.dumps(config))
     assert own.encode("aba") == [2, 0]
-    with pytest.raises(TextError, match="<unk>") as caught:
+    with pytest.raises(AbiError, match="<unk>") as caught:
         own.encode("abc")
     assert caught.value.status == "BAD_TOKENIZER"
     assert own.encode("aba") == [2, 0]
@@ -307,38 +307,7 @@ def test_a_pattern_that_explodes_is_an_error() -> None:
         }
     )
     own = CppTokenizer(json.dumps(config))
-    with pytest.raises(TextError, match="cannot be matched") as caught:
+    with pytest.raises(AbiError, match="cannot be matched") as caught:
         own.encode("a" * 5000)
-    assert caught.value.status == "FAILED"
+    assert caught.value.status == "TOO_COMPLEX"
     assert own.encode("ab") == [2]
-
-
-def test_mutated_files_never_crash(config: dict[str, Any]) -> None:
-    """A short form of fuzz_tokenizer.cpp, which needs a build of its own."""
-    keep = dict(list(config["model"]["vocab"].items())[:300])
-    config["model"]["vocab"] = keep
-    config["model"]["merges"] = [
-        m for m in config["model"]["merges"] if {*m, m[0] + m[1]} <= keep.keys()
-    ]
-    seed = json.dumps(config, ensure_ascii=False).encode()
-    CppTokenizer(seed)
-    order = random.Random(3)
-    pieces = [b"null", b"-1", b"[]", b"{}", b'""', b'"Sequence"', b"4294967296", b"\xff", b'"("']
-    opened, statuses = 0, set()
-    for _ in range(300):
-        data = bytearray(seed)
-        for _ in range(order.randint(1, 3)):
-            at = order.randrange(len(data)) if order.random() < 0.5 else order.randrange(900)
-            data[at : at + order.randrange(6)] = order.choice(pieces)
-        try:
-            own = CppTokenizer(bytes(data))
-        except TextError as error:
-            statuses.add(error.status)
-            continue
-        opened += 1
-        try:
-            own.decode(own.encode("some text, é 中 12345"))
-        except TextError as error:
-            statuses.add(error.status)
-    print(f"{opened} of 300 mutations are tokenizers")
-    assert statuses <= {"BAD_TOKENIZER", "UNSUPPORTED", "FAILED"}

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from cpp.text_abi import CHARACTERS, CppTokenizer, TextError, skip_without_library
+from cpp.core_abi import AbiError
+from cpp.text_abi import CppTokenizer, load_text, some_characters
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 from tokenizers import pre_tokenizers as pre
 from tokenizers.processors import ByteLevel as ByteLevelProcessor
@@ -50,7 +51,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _library() -> None:
-    skip_without_library()
+    load_text()
 
 
 def random_texts(count: int, seed: int = 7) -> list[str]:
@@ -90,14 +91,14 @@ def character_model(**options: Any) -> models.BPE:
 
 def assert_same(theirs: Tokenizer, texts: Sequence[str] = (), text_json: str = "") -> None:
     ours = CppTokenizer(text_json or theirs.to_str())
-    for text in [*TEXTS, *random_texts(100), *texts]:
+    for text in [*TEXTS, *random_texts(30), *texts]:
         ids = theirs.encode(text).ids
         assert ours.encode(text, special=True) == ids, text
         if ids:  # theirs panics where Strip has nothing to strip
             assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False), text
     order = random.Random(2)
     for skip in (False, True):
-        for _ in range(60):
+        for _ in range(20):
             ids = [order.randrange(ours.vocab_size + 2) for _ in range(order.randrange(1, 40))]
             wanted = theirs.decode(ids, skip_special_tokens=skip)
             assert ours.decode(ids, skip) == wanted, ids
@@ -129,7 +130,7 @@ def test_split(pattern: str | Regex, behavior: str, invert: bool) -> None:
 @pytest.mark.parametrize("pattern", [GPT4, DEEPSEEK_V3, KIMI_K2], ids=["gpt4", "v3", "kimi"])
 def test_patterns_of_real_models(pattern: str) -> None:
     theirs = with_pre_tokenizer(pre.Split(Regex(pattern), "isolated"))
-    assert_same(theirs, ["".join(f"a{c} '{c}1{c} \n" for c in CHARACTERS)])
+    assert_same(theirs, ["".join(f"a{c} '{c}1{c} \n" for c in some_characters())])
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_regular_expressions_mean_the_same(pattern: str) -> None:
 def test_other_regular_expressions_are_refused(pattern: str) -> None:
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
     config = {"model": json.loads(byte_level_model().__getstate__()), "pre_tokenizer": split}
-    with pytest.raises(TextError) as caught:
+    with pytest.raises(AbiError) as caught:
         CppTokenizer(json.dumps(config))
     assert caught.value.status == "UNSUPPORTED"
     assert "pre_tokenizer.pattern.Regex" in caught.value.text
@@ -166,7 +167,7 @@ def test_other_regular_expressions_are_refused(pattern: str) -> None:
 
 @pytest.mark.parametrize("individual", [False, True])
 def test_digits(individual: bool) -> None:
-    every = [f"{char}a" for char in CHARACTERS]
+    every = [f"{char}a" for char in some_characters()]
     assert_same(with_pre_tokenizer(pre.Digits(individual)), ["".join(every)])
 
 
@@ -201,7 +202,7 @@ def test_metaspace_of_old_files() -> None:
     text = json.dumps({**config, "pre_tokenizer": old, "decoder": old})
     assert_same(Tokenizer.from_str(text), text_json=text)
     config["decoder"] = {**old, "add_prefix_space": False}
-    with pytest.raises(TextError, match=r"decoder\.add_prefix_space"):
+    with pytest.raises(AbiError, match=r"decoder\.add_prefix_space"):
         CppTokenizer(json.dumps(config))
 
 
@@ -263,7 +264,7 @@ def test_merges_in_random_order() -> None:
             vocab.setdefault("".join(pair), len(vocab))
             merges.append(pair)
         order.shuffle(merges)
-        texts = ["".join(order.choices("ab▁c", k=k)) for k in range(1, 160)]
+        texts = ["".join(order.choices("ab▁c", k=k)) for k in range(1, 160, 7)]
         assert_same(Tokenizer(models.BPE(vocab, merges)), texts)
 
 
@@ -303,9 +304,9 @@ def nfc_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def test_nfc_of_every_character() -> None:
+def test_nfc_of_characters_and_marks() -> None:
     for mark in "\u0301", "\u0323\u0301", "\u3099", "\u11a8":
-        text = "".join(f"{char}{mark}" for char in CHARACTERS)
+        text = "".join(f"{char}{mark}" for char in some_characters())
         tokenizer = nfc_tokenizer()
         ours = CppTokenizer(tokenizer.to_str())
         assert ours.decode(ours.encode(text)) == tokenizer.normalizer.normalize_str(text)
@@ -318,7 +319,7 @@ def test_nfc_of_random_marks() -> None:
         map(chr, [*range(0x11A8, 0x11C3), *range(0x591, 0x5C0)])
     )
     pool += "\u0f71\u0f72\u0f74\u0f80\u1025\u102e\u0915\u093c\U000110ba\U0001d15e\U0001d16d"
-    texts = ["".join(order.choices(pool, k=order.randrange(12))) for _ in range(3000)]
+    texts = ["".join(order.choices(pool, k=order.randrange(12))) for _ in range(500)]
     assert_same(nfc_tokenizer(), texts)
 
 
@@ -338,14 +339,14 @@ def test_added_tokens(flags: tuple[bool, ...], special: bool) -> None:
     tokenizer.add_special_tokens(["<y>"])
     order = random.Random(6)
     pieces = ["<x>", "a", "e", "l", " ", "\t", "中", "<y>", "_", "é", "\u3000", "b", "<x"]
-    texts = ["".join(order.choices(pieces, k=order.randrange(14))) for _ in range(300)]
+    texts = ["".join(order.choices(pieces, k=order.randrange(14))) for _ in range(100)]
     assert_same(tokenizer, texts)
 
 
 def test_single_words_end_where_any_word_character_is() -> None:
     tokenizer = Tokenizer(character_model(byte_fallback=True))
     tokenizer.add_tokens([AddedToken("<x>", single_word=True)])
-    assert_same(tokenizer, ["".join(f"{char}<x> <x>{char} " for char in CHARACTERS)])
+    assert_same(tokenizer, ["".join(f"{char}<x> <x>{char} " for char in some_characters())])
 
 
 # ---- around the model --------------------------------------------------------------------------

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 import pytest
 
 from mla_deploy.errors import BundleError, MlaError, SessionError, TokenizerError, UsageError
-from mla_deploy.runtime import Engine, load
+from mla_deploy.runtime import Cancellation, Engine, GenerationOptions, Session, load
 
 if TYPE_CHECKING:
     from tests.runtime.conftest import Toy
@@ -25,11 +27,6 @@ if TYPE_CHECKING:
 def random_ids(count: int, seed: int = 0) -> list[int]:
     ids: list[int] = np.random.default_rng(seed).integers(0, 256, count).tolist()
     return ids
-
-
-def free_tokens(engine: Engine) -> int:
-    with engine.session() as session:
-        return min(session.room, engine.capacity_tokens)
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 129, 300])
@@ -55,21 +52,16 @@ def test_a_prompt_gives_the_same_however_it_is_cut(toy: Toy, chunk: int) -> None
         np.testing.assert_array_equal(row, toy.logits(ids[: at + 1]), f"after token {at}")
 
 
-def test_no_more_tokens_than_a_chunk_go_through_the_graph_at_once(
-    toy: Toy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = toy.load(prefill_chunk=100)
-    sizes: list[int] = []
-    run = engine._graph.run
-
-    def counted(feeds: Mapping[str, Any]) -> object:
-        sizes.append(feeds["input_ids"].size)
-        return run(feeds)
-
-    monkeypatch.setattr(engine._graph, "run", counted)
-    engine.step([(engine.session(), random_ids(n)) for n in (150, 90, 10)])
-    assert sum(sizes) >= 250
-    assert max(sizes) <= 100
+def test_no_more_tokens_than_a_chunk_go_through_the_graph_at_once(own_toy: Toy) -> None:
+    own_toy.fail_above(100, "Size (input_ids)")
+    ids = [random_ids(n) for n in (150, 90, 10)]
+    engine = own_toy.load(prefill_chunk=100)
+    logits = engine.step([(engine.session(), row) for row in ids])
+    for row, found in zip(ids, logits, strict=True):
+        np.testing.assert_array_equal(found, own_toy.logits(row))
+    engine = own_toy.load(prefill_chunk=101)
+    with pytest.raises(SessionError, match="cannot run the graph"):
+        engine.session().prefill(ids[0])
 
 
 def test_decoding_continues_over_page_edges(toy: Toy, toy_engine: Engine) -> None:
@@ -133,28 +125,42 @@ def test_a_fork_shares_the_past_and_nothing_after(toy: Toy) -> None:
     with engine.session() as session:
         session.prefill(ids)
         forks = [session.fork() for _ in range(5)]
-        assert free_tokens(engine) == 64 * 8, "forks take no page by themselves"
+        assert engine.free_tokens == 64 * 8, "forks take no page by themselves"
         sessions = [session, *forks]
         for index, logits in enumerate(engine.step([(s, [i]) for i, s in enumerate(sessions)])):
             np.testing.assert_array_equal(logits, toy.logits([*ids, index]))
-        assert free_tokens(engine) == 64 * 3, "the full page is still shared"
+        assert engine.free_tokens == 64 * 3, "the full page is still shared"
         for index, one in enumerate(sessions):
             np.testing.assert_array_equal(one.decode(5), toy.logits([*ids, index, 5]))
         for one in forks:
             one.close()
         np.testing.assert_array_equal(session.decode(6), toy.logits([*ids, 0, 5, 6]))
-    assert free_tokens(engine) == engine.capacity_tokens
+    assert engine.free_tokens == engine.capacity_tokens
 
 
-def test_the_graph_writes_into_the_arrays_it_reads(toy: Toy) -> None:
+def last_page(session: Session, path: Path) -> tuple[list[float], list[list[int]]]:
+    """The parts of the session's last page: `token` and `code` of conftest.py."""
+    session.save(path)
+    page = path.read_bytes()[-32 - 64 * 6 : -32]
+    return (
+        np.frombuffer(page[: 64 * 4], np.float32).tolist(),
+        np.frombuffer(page[64 * 4 :], np.uint8).reshape(2, 64).tolist(),
+    )
+
+
+def test_the_graph_writes_into_the_arrays_it_reads(toy: Toy, tmp_path: Path) -> None:
     engine = toy.load()
     with engine.session() as session:
         session.prefill([11, 12, 13])
-        page = session.pages.pages[0]
-        arrays = engine._arena.arrays
-        assert arrays["cache.0.token"][page, :4, 0].tolist() == [11, 12, 13, 0]
-        assert arrays["cache.1.code"][page, :, :4].tolist() == [[11, 12, 13, 0], [0, 1, 2, 0]]
-        arrays["cache.0.token"][page, 0, 0] += 1  # and reads what stands there
+        token, code = last_page(session, tmp_path / "session")
+        assert token == [11, 12, 13] + [0] * 61
+        assert code == [[11, 12, 13] + [0] * 61, [0, 1, 2] + [0] * 61]
+    content = bytearray((tmp_path / "session").read_bytes())
+    first = 64 + 4 * 3  # after the header and the tokens
+    content[first : first + 4] = np.float32(12).tobytes()  # and reads what stands there
+    content[-32:] = hashlib.sha256(content[:-32]).digest()
+    (tmp_path / "session").write_bytes(content)
+    with engine.load_session(tmp_path / "session") as session:
         h, g = 12 + 2 * 12 + 3 * 13 + 4 * 1, 11 + 12 + 13 + 1
         v = np.arange(263)
         np.testing.assert_array_equal(session.decode(1), -((v - h) % 263) / 4 - ((v - g) % 263) / 8)
@@ -164,7 +170,7 @@ def test_the_graph_writes_into_the_arrays_it_reads(toy: Toy) -> None:
 def test_no_step_copies_the_cache(toy: Toy) -> None:
     """A copy would read all of a 400 MB arena that is not backed by memory yet."""
     engine = toy.load(max_tokens=64 << 20)
-    assert sum(array.nbytes for array in engine._arena.arrays.values()) > 380 << 20
+    assert engine.capacity_tokens * engine.kv_bytes_per_token > 380 << 20
     with engine.session() as session:
         session.prefill(random_ids(600))
         before = resident_bytes()
@@ -184,12 +190,6 @@ def test_bytes_per_token_are_those_of_the_arrays(toy_engine: Engine) -> None:
         assert session.cache_bytes == 0
         session.prefill(random_ids(65))
         assert session.cache_bytes == 2 * 64 * 6
-
-
-def test_arrays_start_at_a_cache_line(toy_engine: Engine) -> None:
-    for name, array in toy_engine._arena.arrays.items():
-        assert array.ctypes.data % 64 == 0, name
-        assert array.flags.c_contiguous, name
 
 
 def test_a_full_cache_says_what_fits_and_changes_nothing(toy: Toy) -> None:
@@ -298,30 +298,60 @@ def test_a_closed_session_is_refused(toy_engine: Engine) -> None:
             call()
 
 
-def test_a_step_that_fails_half_way_leaves_the_sessions_as_they_were(
-    toy: Toy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = toy.load(prefill_chunk=64)
+def test_a_step_that_fails_half_way_leaves_the_sessions_as_they_were(own_toy: Toy) -> None:
+    own_toy.fail_above(150, "ReduceMax <keepdims = 0> (past_lengths)")
+    engine = own_toy.load(prefill_chunk=64)
     ids = random_ids(30)
-    with engine.session() as session:
+    with engine.session() as session, engine.session() as other:
         session.prefill(ids)
-        room = session.room
-        run, calls = engine._graph.run, []
-
-        def interrupted(feeds: Mapping[str, Any]) -> object:
-            calls.append(feeds)
-            if len(calls) == 3:
-                raise KeyboardInterrupt
-            return run(feeds)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(engine._graph, "run", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                session.prefill(random_ids(300, seed=1))
-        assert len(calls) == 3
+        room, free = session.room, engine.free_tokens
+        with pytest.raises(SessionError, match="cannot run the graph"):
+            session.prefill(random_ids(300, seed=1))  # in the third chunk
+        with pytest.raises(SessionError, match="cannot run the graph"):
+            engine.step([(other, [1, 2]), (session, random_ids(300, seed=1))])
         assert session.tokens == tuple(ids)
-        assert session.room == room
-        np.testing.assert_array_equal(session.decode(3), toy.logits([*ids, 3]))
+        assert (session.room, other.length, engine.free_tokens) == (room, 0, free)
+        np.testing.assert_array_equal(session.decode(3), own_toy.logits([*ids, 3]))
+        np.testing.assert_array_equal(other.decode(3), own_toy.logits([3]))
+
+
+@pytest.mark.parametrize("generating", [False, True])
+def test_ctrl_c_ends_a_long_prompt(toy: Toy, generating: bool) -> None:
+    engine = toy.load(prefill_chunk=1)
+
+    def work() -> None:
+        for _ in range(100):  # one takes tenths of a second
+            if generating:
+                engine.generate([5] * 999, GenerationOptions(max_tokens=1), session=session)
+            else:
+                session.prefill([5] * 998)
+            session.rewind(1)
+
+    with engine.session() as session:
+        session.prefill([5])
+        interrupt = threading.Timer(0.03, signal.raise_signal, (signal.SIGINT,))
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        interrupt.join()
+        session.rewind(1)
+        np.testing.assert_array_equal(session.decode(3), toy.logits([5, 3]))
+
+
+def test_another_thread_cancels_a_step(toy: Toy) -> None:
+    engine = toy.load(prefill_chunk=1)
+    with engine.session() as session:
+        session.prefill([5])
+        cancellation = Cancellation()
+        assert not cancellation.requested
+        threading.Timer(0.01, cancellation.request).start()
+        with pytest.raises(SessionError, match="cancelled"):
+            session.prefill([5] * 999, cancellation=cancellation)
+        assert cancellation.requested
+        assert session.tokens == (5,)
+        with pytest.raises(SessionError, match="cancelled"):  # it stays requested
+            engine.step([(session, [1])], cancellation=cancellation)
+        np.testing.assert_array_equal(session.decode(3), toy.logits([5, 3]))
 
 
 def test_pages_of_a_forgotten_session_come_back(toy: Toy) -> None:
@@ -331,21 +361,19 @@ def test_pages_of_a_forgotten_session_come_back(toy: Toy) -> None:
     fork = session.fork()
     del session
     gc.collect()
-    assert free_tokens(engine) == 0, "the fork still uses them"
+    assert engine.free_tokens == 0, "the fork still uses them"
     del fork
     gc.collect()
-    assert free_tokens(engine) == 128
+    assert engine.free_tokens == 128
 
 
-def test_what_a_session_leaves_does_not_reach_the_next(toy: Toy) -> None:
+def test_what_a_session_leaves_does_not_reach_the_next(toy: Toy, tmp_path: Path) -> None:
     engine = toy.load(max_tokens=64)
     with engine.session() as session:
-        session.prefill(random_ids(64))
-        engine._arena.arrays["cache.0.token"][1:] = np.nan
+        session.prefill([7] * 64)
     with engine.session() as session:
         session.prefill([1])
-        page = session.pages.pages[0]
-        assert engine._arena.arrays["cache.0.token"][page, 1:].tolist() == [[0.0]] * 63
+        assert last_page(session, tmp_path / "session")[0] == [1.0] + [0.0] * 63
 
 
 def test_sessions_work_from_several_threads(toy: Toy) -> None:
@@ -370,7 +398,7 @@ def test_sessions_work_from_several_threads(toy: Toy) -> None:
     for thread in threads:
         thread.join()
     assert not failures
-    assert free_tokens(engine) == min(1000, engine.capacity_tokens)
+    assert engine.free_tokens == engine.capacity_tokens
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_deploy.errors import SessionError, UsageError
-from mla_deploy.runtime import Engine, GenerationOptions
+from mla_deploy.runtime import Cancellation, Engine, GenerationOptions
 
 if TYPE_CHECKING:
     from tests.runtime.conftest import Toy
@@ -20,10 +22,8 @@ EOS = 257
 PROMPT = [72, 101, 108, 108, 111]
 
 
-def forced(engine: Engine, tokens: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the sampler pick these tokens, one after another."""
-    left = iter(tokens)
-    monkeypatch.setattr("mla_deploy.runtime.generation.Sampler.pick", lambda *_: next(left))
+Scripted = Callable[[int, Sequence[int]], Engine]
+"""Makes an engine that says the tokens after a prompt of the length."""
 
 
 def test_greedy_tokens_are_the_most_likely_ones(toy: Toy, toy_engine: Engine) -> None:
@@ -41,37 +41,28 @@ def test_a_text_is_encoded_as_the_files_say(toy: Toy, toy_engine: Engine) -> Non
 
 
 def test_an_end_token_ends_the_text_and_is_not_in_it(
-    toy_engine: Engine, monkeypatch: pytest.MonkeyPatch
+    scripted: Scripted,
 ) -> None:
-    forced(toy_engine, [65, 66, EOS, 67], monkeypatch)
-    result = toy_engine.generate(PROMPT)
+    result = scripted(5, [65, 66, EOS, 67]).generate(PROMPT)
     assert result.tokens == (65, 66, EOS)
     assert (result.text, result.finish_reason) == ("AB", "eos")
 
 
-def test_half_a_character_at_the_end_is_replaced(
-    toy_engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forced(toy_engine, [65, 0xE2, 0x82, EOS], monkeypatch)
-    assert toy_engine.generate(PROMPT).text == "A\ufffd"
+def test_half_a_character_at_the_end_is_replaced(scripted: Scripted) -> None:
+    assert scripted(5, [65, 0xE2, 0x82, EOS]).generate(PROMPT).text == "A\ufffd"
 
 
-def test_a_stop_string_ends_the_text_before_it(
-    toy_engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokens = [*b"one\n", 258, *b"e end"]  # 258 is "th"
-    forced(toy_engine, tokens, monkeypatch)
-    events = list(toy_engine.stream(PROMPT, GenerationOptions(stop=("\nthe", "zzz"))))
+def test_a_stop_string_ends_the_text_before_it(scripted: Scripted) -> None:
+    engine = scripted(5, [*b"one\n", 258, *b"e end"])  # 258 is "th"
+    events = list(engine.stream(PROMPT, GenerationOptions(stop=("\nthe", "zzz"))))
     assert "".join(event.text for event in events) == "one"
     assert [event.finish_reason for event in events] == [None] * 5 + ["stop"]
     assert [event.text for event in events] == ["o", "n", "e", "", "", ""]
 
 
-def test_text_held_back_for_a_stop_string_comes_at_the_end(
-    toy_engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forced(toy_engine, list(b"ab<"), monkeypatch)
-    result = toy_engine.generate(PROMPT, GenerationOptions(max_tokens=3, stop=("</s>",)))
+def test_text_held_back_for_a_stop_string_comes_at_the_end(scripted: Scripted) -> None:
+    options = GenerationOptions(max_tokens=3, stop=("</s>",))
+    result = scripted(5, list(b"ab<")).generate(PROMPT, options)
     assert (result.text, result.finish_reason) == ("ab<", "length")
 
 
@@ -84,12 +75,11 @@ def test_text_held_back_for_a_stop_string_comes_at_the_end(
     ),
     stops=st.lists(st.sampled_from(["\ufffd", "é", "th", "aa", "€\ufffd"]), max_size=2),
 )
-def test_events_and_result_agree(toy_engine: Engine, tokens: list[int], stops: list[str]) -> None:
+def test_events_and_result_agree(scripted: Scripted, tokens: list[int], stops: list[str]) -> None:
     options = GenerationOptions(max_tokens=len(tokens), stop=tuple(stops))
-    with pytest.MonkeyPatch.context() as patch:
-        forced(toy_engine, tokens, patch)
-        generation = toy_engine.stream(PROMPT, options)
-        events = list(generation)
+    engine = scripted(5, tokens)
+    generation = engine.stream(PROMPT, options)
+    events = list(generation)
     result = generation.result
     assert "".join(event.text for event in events) == result.text
     assert tuple(event.token for event in events) == result.tokens
@@ -98,7 +88,7 @@ def test_events_and_result_agree(toy_engine: Engine, tokens: list[int], stops: l
     assert events[-1].finish_reason == result.finish_reason
     if result.finish_reason != "stop":
         shown = result.tokens[:-1] if result.finish_reason == "eos" else result.tokens
-        assert result.text == toy_engine.tokenizer.decode(shown)
+        assert result.text == engine.tokenizer.decode(shown)
     assert not any(stop in result.text for stop in stops)
 
 
@@ -145,16 +135,72 @@ def test_leaving_a_stream_frees_its_session(toy: Toy) -> None:
     engine = toy.load(max_tokens=128)
     with engine.stream([1] * 100) as generation:
         first = next(generation)
-        assert engine._arena.free_pages == 0
-    assert engine._arena.free_pages == 2
+        assert engine.free_tokens == 0
+    assert engine.free_tokens == 128
     assert generation.result.tokens == (first.token,)
     assert generation.result.finish_reason is None
     assert list(generation) == []
 
     next(engine.stream([1] * 100))  # dropped at once
-    assert engine._arena.free_pages == 2
+    assert engine.free_tokens == 128
     engine.stream([1] * 100)  # never begun
-    assert engine._arena.free_pages == 2
+    assert engine.free_tokens == 128
+
+
+def test_a_stream_that_was_left_leaves_its_session_free(toy: Toy, toy_engine: Engine) -> None:
+    with toy_engine.session() as session:
+        left = toy_engine.stream(PROMPT, session=session)
+        first = next(left).token
+        again = toy_engine.generate(PROMPT, GenerationOptions(max_tokens=3), session=session)
+        assert again.tokens[0] == first
+        with pytest.raises(SessionError, match="was changed"):
+            next(left)
+        assert list(left) == []
+        assert left.result.tokens == (first,)
+        np.testing.assert_array_equal(
+            session.decode(1), toy.logits([*PROMPT, *again.tokens[:-1], 1])
+        )
+
+
+def test_a_session_that_is_closed_ends_its_stream(toy_engine: Engine) -> None:
+    session = toy_engine.session()
+    stream = toy_engine.stream(PROMPT, session=session)
+    next(stream)
+    session.close()
+    with pytest.raises(SessionError, match="closed"):
+        next(stream)
+
+
+def test_another_thread_cancels_a_generation(toy: Toy) -> None:
+    engine = toy.load()
+    cancellation = Cancellation()
+    with engine.session() as session:
+        events = []
+        options = GenerationOptions(max_tokens=900)
+        generation = engine.stream(PROMPT, options, session=session, cancellation=cancellation)
+        for event in generation:
+            events.append(event)
+            if len(events) == 3:
+                thread = threading.Thread(target=cancellation.request)
+                thread.start()
+                thread.join()
+        result = generation.result
+        assert [event.token for event in events] == toy.greedy(PROMPT, 3) == list(result.tokens)
+        assert result.finish_reason == "cancelled"
+        assert session.tokens == (*PROMPT, *result.tokens[:-1])
+        late = engine.generate(PROMPT, session=session, cancellation=cancellation)
+        assert (late.tokens, late.finish_reason) == ((), "cancelled")
+        held = session.tokens
+        np.testing.assert_array_equal(session.decode(7), toy.logits([*held, 7]))
+
+
+def test_a_long_prompt_is_cancelled_between_chunks_too(toy: Toy) -> None:
+    engine = toy.load(prefill_chunk=1)
+    cancellation = Cancellation()
+    threading.Timer(0.02, cancellation.request).start()
+    result = engine.generate([5] * 999, cancellation=cancellation)
+    assert (result.tokens, result.finish_reason) == ((), "cancelled")
+    assert engine.free_tokens == engine.capacity_tokens
 
 
 def test_a_seed_gives_the_same_text(toy_engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,19 @@ from mla_deploy.bundle import Bundle
 class GraphRunner:
     """A batch of sequences over a shared arena, cache bound in place."""
 
-    def __init__(self, bundle: Bundle, sequences: int, tokens: int, optimize: bool = True) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        sequences: int,
+        tokens: int,
+        optimize: bool = True,
+        ops_library: Path | None = None,
+        padding: int = 7,  # which must not matter, but for the last bits
+    ) -> None:
+        self.padding = padding
         options = onnxruntime.SessionOptions()
+        if ops_library is not None:
+            options.register_custom_ops_library(str(ops_library))
         options.intra_op_num_threads = 1
         if not optimize:
             level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -40,7 +52,7 @@ class GraphRunner:
         """Feed each sequence its tokens; gives their logits, one [S, vocab] a sequence."""
         new = np.array([len(one) for one in tokens], np.int64)
         width = int(new.max())
-        ids = np.full((len(tokens), width), 7, np.int64)  # padding must not matter
+        ids = np.full((len(tokens), width), self.padding, np.int64)
         for row, one in zip(ids, tokens, strict=True):
             row[: len(one)] = one.numpy()
         index = np.tile(np.arange(width, dtype=np.int64), (len(tokens), 1))

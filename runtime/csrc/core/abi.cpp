@@ -139,11 +139,7 @@ mla_status mla_sampler_destroy(mla_sampler* sampler) {
 namespace {
 
 void check_logits(const Sampler& sampler, const float* logits, size_t vocab_size) {
-    if (vocab_size != sampler.vocab_size()) {
-        throw invalid("the logits are not of the sampler's vocabulary")
-            .found(vocab_size)
-            .allowed(sampler.vocab_size());
-    }
+    sampler.check_size(vocab_size);
     need_array(logits, vocab_size, "logits");
 }
 
@@ -153,15 +149,8 @@ mla_status mla_sampler_observe(mla_sampler* sampler, const mla_token* tokens, si
     return guarded([&] {
         const auto shared = samplers().find(sampler);
         need_array(tokens, count, "tokens");
-        const auto size = static_cast<int64_t>(shared->sampler.vocab_size());
-        for (size_t i = 0; i < count; ++i) {
-            if (tokens[i] >= 0 && tokens[i] < size) continue;
-            throw invalid("a token is not in the vocabulary")
-                .found(tokens[i])
-                .allowed("0 to ", size - 1);
-        }
         const std::lock_guard<std::mutex> lock(shared->mutex);
-        for (size_t i = 0; i < count; ++i) shared->sampler.observe(tokens[i]);
+        shared->sampler.observe(tokens, count);
     });
 }
 

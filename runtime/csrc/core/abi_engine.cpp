@@ -19,15 +19,6 @@ EngineOptions read_options(const mla_engine_options* given) {
     options.max_tokens = read.max_tokens;
     options.prefill_chunk = read.prefill_chunk;
     options.verify = read.verify != 0;
-    constexpr uint32_t kMostThreads = 1024, kLargestChunk = 1 << 20;
-    if (read.threads > kMostThreads) {
-        throw invalid("threads is out of range").found(read.threads).allowed("0 to ", kMostThreads);
-    }
-    if (read.prefill_chunk > kLargestChunk) {
-        throw invalid("prefill_chunk is out of range")
-            .found(read.prefill_chunk)
-            .allowed("0 to ", kLargestChunk);
-    }
     return options;
 }
 

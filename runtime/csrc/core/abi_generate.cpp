@@ -14,8 +14,6 @@ GenerationOptions read_options(const mla_generate_options* given) {
     options.sampling = read_sampling(read.sampling);
     need_array(read.stop_tokens, read.stop_token_count, "stop_tokens");
     options.stop_tokens.assign(read.stop_tokens, read.stop_tokens + read.stop_token_count);
-    options.callback = read.callback;
-    options.user_data = read.user_data;
     options.max_tokens = read.max_tokens;
     options.ignore_eos = read.ignore_eos != 0;
     return options;
@@ -28,10 +26,16 @@ mla_status mla_generate(mla_session* session, const mla_token* prompt, size_t pr
     return guarded([&] {
         const auto found = sessions().find(session);
         mla_generation filled = read_struct(generation, "the generation");
-        GenerationOptions read = read_options(options);
-        const auto cancel =
-            options == nullptr ? nullptr : optional_cancellation(options->cancellation);
-        read.cancellation = cancel.get();
+        const GenerationOptions read = read_options(options);
+        std::shared_ptr<Cancellation> cancel;
+        std::function<bool(mla_token)> on_token;
+        if (options != nullptr) {
+            cancel = optional_cancellation(options->cancellation);
+            if (options->callback != nullptr) {
+                on_token = [callback = options->callback, data = options->user_data](
+                               mla_token token) { return callback(data, token) != 0; };
+            }
+        }
         need_array(prompt, prompt_count, "prompt");
         if (filled.tokens != nullptr && filled.capacity < read.max_tokens) {
             throw invalid("the place for the tokens is too small")
@@ -53,7 +57,7 @@ mla_status mla_generate(mla_session* session, const mla_token* prompt, size_t pr
             write_struct(generation, filled);
         };
         try {
-            generate(*found, prompt, prompt_count, read, result);
+            generate(found, {prompt, prompt + prompt_count}, read, on_token, cancel.get(), result);
         } catch (...) {
             fill();
             throw;

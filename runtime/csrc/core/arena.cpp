@@ -109,12 +109,16 @@ bool PageArena::make_writable(int64_t& page) {
     if (!is_shared(page)) return true;
     std::vector<int64_t> copy;
     if (!take(1, copy)) return false;
-    for (const Array& array : arrays_) {
-        std::memcpy(at(array, copy[0]), at(array, page), array.part.page_bytes());
-    }
+    this->copy(page, copy[0]);
     give_back(page);
     page = copy[0];
     return true;
+}
+
+void PageArena::copy(int64_t from, int64_t to) {
+    for (const Array& array : arrays_) {
+        std::memcpy(at(array, to), at(array, from), array.part.page_bytes());
+    }
 }
 
 void PageArena::collect() {
@@ -135,6 +139,13 @@ void PageTable::truncate(uint64_t length) {
     for (const uint64_t keep = pages_for(length); pages_.size() > keep; pages_.pop_back()) {
         arena_->give_back(pages_.back());
     }
+}
+
+bool PageTable::extend_by_copies(uint64_t length) {
+    const size_t full = pages_.size();
+    if (!reserve(full * kPageTokens, length)) return false;
+    for (size_t i = full; i < pages_.size(); ++i) arena_->copy(pages_[i % full], pages_[i]);
+    return true;
 }
 
 void PageTable::share(const PageTable& other) {

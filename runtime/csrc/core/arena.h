@@ -63,6 +63,9 @@ class PageArena {
     // Makes `page` one that only its caller uses: itself, or a copy. False: no page for the copy.
     bool make_writable(int64_t& page);
 
+    // Copies a page in all arrays.
+    void copy(int64_t from, int64_t to);
+
     // Where a page of an array begins.
     uint8_t* at(const Array& array, int64_t page) const {
         return array.data + static_cast<size_t>(page) * array.part.page_bytes();
@@ -97,6 +100,10 @@ class PageTable {
 
     // Gives back the pages that `length` tokens do not need.
     void truncate(uint64_t length);
+
+    // Grows to `length` tokens; the pages held now, all full, are copied in turn. False: as
+    // `reserve`.
+    bool extend_by_copies(uint64_t length);
 
     // Becomes another table of the same pages. It must be empty.
     void share(const PageTable& other);

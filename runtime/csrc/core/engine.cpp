@@ -28,8 +28,22 @@ Claim::~Claim() {
     session_.claim_ = nullptr;
 }
 
+void EngineOptions::check() const {
+    constexpr uint32_t kMostThreads = 1024, kLargestChunk = 1 << 20;
+    if (graph.threads > kMostThreads) {
+        throw invalid("threads is out of range")
+            .found(graph.threads)
+            .allowed("0 to ", kMostThreads, "; 0: one a physical core");
+    }
+    if (prefill_chunk > kLargestChunk) {
+        throw invalid("prefill_chunk is out of range")
+            .found(prefill_chunk)
+            .allowed("0 to ", kLargestChunk, "; 0: ", kPrefillChunk);
+    }
+}
+
 Engine::Engine(const EngineOptions& options)
-    : bundle_(Bundle::open(options.bundle, options.verify)),
+    : bundle_((options.check(), Bundle::open(options.bundle, options.verify))),
       arena_(std::make_shared<PageArena>(
           bundle_.manifest.cache,
           options.max_tokens > 0 ? options.max_tokens : model().max_position_embeddings)),
@@ -84,10 +98,9 @@ std::vector<Engine::Feed> Engine::feeds(const std::vector<Request>& requests, co
         check_tokens(request.tokens, request.token_count);
         check_context(session.tokens_.size(), request.token_count);
         for (const size_t position : request.positions) {
-            if (position < request.token_count) continue;
-            throw invalid("a position is not among the new tokens")
-                .found(position)
-                .allowed("0 to ", request.token_count - 1);
+            if (position >= request.token_count) {
+                throw not_a_position(position, request.token_count);
+            }
         }
         feeds.push_back({&request, session.tokens_.size()});
     }
@@ -133,6 +146,7 @@ void Engine::run(const std::vector<Feed>& feeds, Cancellation* cancellation) {
             logits += static_cast<size_t>(inputs_.logits) * vocab_size;
             const size_t end = std::min(done + size, request.token_count);
             auto& tokens = request.session->tokens_;
+            ++request.session->changes_;
             tokens.insert(tokens.end(), request.tokens + done, request.tokens + end);
         }
         done += size;
@@ -183,11 +197,7 @@ void Engine::fill(const std::vector<Feed>& active, size_t done, size_t size) {
 void Engine::rewind(Session& session, size_t length, const Claim* claim) {
     const Lock lock(mutex_);
     check_unclaimed(session, claim);
-    if (length > session.tokens_.size()) {
-        throw invalid("a session cannot be rewound to there")
-            .found(length)
-            .allowed("0 to ", session.tokens_.size());
-    }
+    if (length > session.tokens_.size()) throw not_a_length(length, session.tokens_.size());
     truncate(session, length);
 }
 
@@ -195,10 +205,7 @@ size_t Engine::rewind_to_prefix(Session& session, const mla_token* tokens, size_
                                 const Claim* claim) {
     const Lock lock(mutex_);
     check_unclaimed(session, claim);
-    const auto& held = session.tokens_;
-    const size_t most = std::min(count - 1, held.size());
-    const auto same =
-        static_cast<size_t>(std::mismatch(tokens, tokens + most, held.begin()).first - tokens);
+    const size_t same = this->same(session, tokens, count - 1);
     check_context(same, count - same);
     const uint64_t room = this->room(session, same);
     if (count - same > room) throw full(count - same, join(room, " for this session"));
@@ -206,10 +213,43 @@ size_t Engine::rewind_to_prefix(Session& session, const mla_token* tokens, size_
     return same;
 }
 
+size_t Engine::common_prefix(const Session& session, const mla_token* tokens, size_t count) {
+    const Lock lock(mutex_);
+    return same(session, tokens, count);
+}
+
+size_t Engine::same(const Session& session, const mla_token* tokens, size_t count) {
+    const size_t most = std::min(count, session.tokens_.size());
+    return static_cast<size_t>(std::mismatch(tokens, tokens + most, session.tokens_.begin()).first -
+                               tokens);
+}
+
+void Engine::fill_by_copies(Session& session, size_t length) {
+    const Lock lock(mutex_);
+    check_unclaimed(session, nullptr);
+    auto& tokens = session.tokens_;
+    if (length <= tokens.size()) return;
+    const size_t whole = tokens.size() / kPageTokens * kPageTokens;
+    if (whole == 0) {
+        throw invalid("there is no whole page to copy")
+            .found(tokens.size(), " tokens")
+            .allowed(kPageTokens, " or more")
+            .next("prefill more tokens first");
+    }
+    check_context(whole, length - whole);
+    const uint64_t room = this->room(session, whole);
+    if (length - whole > room) throw full(length - whole, join(room, " for this session"));
+    tokens.reserve(length);
+    truncate(session, whole);
+    if (!session.pages_.extend_by_copies(length)) throw full(length - whole, "fewer");
+    while (tokens.size() < length) tokens.push_back(tokens[tokens.size() - whole]);
+    ++session.changes_;
+}
+
 Engine::SessionInfo Engine::info(const Session& session) {
     const Lock lock(mutex_);
     return {session.tokens_.size(), room(session, session.tokens_.size()),
-            session.pages_.cache_bytes()};
+            session.pages_.cache_bytes(), session.changes_};
 }
 
 std::vector<mla_token> Engine::tokens(const Session& session) {
@@ -222,12 +262,14 @@ void Engine::check_tokens(const mla_token* tokens, size_t count) const {
     const auto vocab_size = static_cast<mla_token>(model().vocab_size);  // at most 2^24
     const auto* bad = std::find_if(tokens, tokens + count,
                                    [&](mla_token id) { return id < 0 || id >= vocab_size; });
-    if (bad != tokens + count) {
-        throw invalid("a token is not in the model's vocabulary")
-            .found(*bad)
-            .allowed("0 to ", vocab_size - 1)
-            .next("use the tokenizer of the bundle");
-    }
+    if (bad != tokens + count) throw not_in_vocabulary(*bad);
+}
+
+Error Engine::not_in_vocabulary(int64_t token) const {
+    return invalid("a token is not in the model's vocabulary")
+        .found(token)
+        .allowed("0 to ", model().vocab_size - 1)
+        .next("use the tokenizer of the bundle");
 }
 
 Engine::Contents Engine::contents(const Session& session) {
@@ -277,6 +319,7 @@ Error Engine::full(size_t count, const std::string& allowed) const {
 
 void Engine::truncate(Session& session, size_t length) {
     session.pages_.truncate(length);
+    session.changes_ += length != session.tokens_.size();
     session.tokens_.resize(length);
 }
 

@@ -21,6 +21,9 @@ struct EngineOptions {
     uint64_t max_tokens = 0;     // 0: one session of the model's full context
     uint32_t prefill_chunk = 0;  // 0: 512
     bool verify = false;
+
+    // Errors: MLA_INVALID_ARGUMENT.
+    void check() const;
 };
 
 // New tokens of one session, and where their logits go.
@@ -35,7 +38,7 @@ struct Request {
 // Safe in any thread. The graph runs one step at a time.
 class Engine : public std::enable_shared_from_this<Engine> {
   public:
-    // Errors: MLA_BAD_BUNDLE, MLA_BAD_RUNTIME, MLA_OUT_OF_MEMORY.
+    // Errors: MLA_INVALID_ARGUMENT, MLA_BAD_BUNDLE, MLA_BAD_RUNTIME, MLA_OUT_OF_MEMORY.
     explicit Engine(const EngineOptions& options);
 
     const Bundle& bundle() const { return bundle_; }
@@ -66,14 +69,37 @@ class Engine : public std::enable_shared_from_this<Engine> {
     size_t rewind_to_prefix(Session& session, const mla_token* tokens, size_t count,
                             const Claim* claim = nullptr);
 
+    // How many tokens at the start of `tokens` the session holds.
+    size_t common_prefix(const Session& session, const mla_token* tokens, size_t count);
+
+    // Grows to `length` tokens without computing: whole pages of the cache are repeated, and their
+    // tokens with them. For measuring: reading this cache takes the time that reading a real one
+    // takes. Errors: MLA_INVALID_ARGUMENT (there is no whole page), MLA_CONTEXT_FULL,
+    // MLA_CACHE_FULL, MLA_BUSY.
+    void fill_by_copies(Session& session, size_t length);
+
     struct SessionInfo {
         uint64_t length, room, cache_bytes;
+        uint64_t changes;  // how often the tokens have changed
     };
     SessionInfo info(const Session& session);
     std::vector<mla_token> tokens(const Session& session);
 
     // Errors: MLA_INVALID_ARGUMENT, if there are none or one is not of this model.
     void check_tokens(const mla_token* tokens, size_t count) const;
+    Error not_in_vocabulary(int64_t token) const;
+
+    template <class Length>
+    static Error not_a_length(Length length, size_t held) {
+        return invalid("a session cannot be rewound to there").found(length).allowed("0 to ", held);
+    }
+
+    template <class Position>
+    static Error not_a_position(Position position, size_t token_count) {
+        return invalid("a position is not among the new tokens")
+            .found(position)
+            .allowed("0 to ", token_count - 1);
+    }
 
     // For session files. `pages`: those of a claimed session, which nobody writes to.
     struct Contents {
@@ -103,6 +129,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
     void check_unclaimed(const Session& session, const Claim* claim) const;
     uint64_t room(const Session& session, size_t length) const;
     Error full(size_t count, const std::string& allowed) const;
+    static size_t same(const Session& session, const mla_token* tokens, size_t count);
     static void truncate(Session& session, size_t length);
 
     const Bundle bundle_;

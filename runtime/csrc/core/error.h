@@ -2,6 +2,7 @@
 #pragma once
 
 #include <exception>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -18,38 +19,47 @@ std::string join(const Parts&... parts) {
     return stream.str();
 }
 
-// What a caller can mend. The text is laid out as that of mla_deploy.errors.MlaError:
+// What a caller can mend, with the fields of mla_deploy.errors.MlaError, as which it reaches
+// Python; C and C++ programs get them as one text, laid out alike:
 //
 //     throw Error(MLA_CACHE_FULL, "the cache is full").found(found).allowed(allowed).next(hint);
 class Error : public std::exception {
   public:
-    // what: one sentence, what is wrong and where.
-    Error(mla_status status, std::string what) : status_(status), text_(std::move(what)) {}
+    struct Fields {
+        std::string what;  // one sentence, what is wrong and where
+        std::optional<std::string> found, allowed, next;
+    };
+
+    Error(mla_status status, std::string what)
+        : status_(status), fields_{std::move(what), {}, {}, {}}, text_(fields_.what) {}
 
     template <class... Parts>
     Error&& found(const Parts&... parts) && {
-        return std::move(*this).line("\n  found:   ", join(parts...));
+        return std::move(*this).line("\n  found:   ", fields_.found, join(parts...));
     }
     template <class... Parts>
     Error&& allowed(const Parts&... parts) && {
-        return std::move(*this).line("\n  allowed: ", join(parts...));
+        return std::move(*this).line("\n  allowed: ", fields_.allowed, join(parts...));
     }
     template <class... Parts>
     Error&& next(const Parts&... parts) && {
-        return std::move(*this).line("\n  next:    ", join(parts...));
+        return std::move(*this).line("\n  next:    ", fields_.next, join(parts...));
     }
 
     mla_status status() const { return status_; }
+    const Fields& fields() const { return fields_; }
     const char* what() const noexcept override { return text_.c_str(); }
 
   private:
-    Error&& line(const char* label, const std::string& text) && {
+    Error&& line(const char* label, std::optional<std::string>& field, std::string text) && {
         text_ += label;
         text_ += text;
+        field = std::move(text);
         return std::move(*this);
     }
 
     mla_status status_;
+    Fields fields_;
     std::string text_;
 };
 

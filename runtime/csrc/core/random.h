@@ -1,5 +1,5 @@
-// Random numbers: the generator and seeding of numpy.random.default_rng, so that a seed draws the
-// same tokens here as in the Python engine.
+// Random numbers: the generator and seeding of numpy.random.default_rng, so that a seed
+// draws what numpy draws with it, which the tests hold it against.
 #pragma once
 
 #include <cstdint>

@@ -94,7 +94,26 @@ Sampler::Sampler(const SamplingOptions& options, uint32_t vocab_size)
     : options_(options),
       random_(options.seed ? *options.seed : random_seed()),
       occurred_(vocab_size, 0) {
+    if (vocab_size == 0) throw invalid("vocab_size is out of range").found(0).allowed("above 0");
     options_.check();
+}
+
+void Sampler::observe(const mla_token* tokens, size_t count) {
+    const auto size = static_cast<int64_t>(vocab_size());
+    for (size_t i = 0; i < count; ++i) {
+        if (tokens[i] >= 0 && tokens[i] < size) continue;
+        throw invalid("a token is not in the vocabulary")
+            .found(tokens[i])
+            .allowed("0 to ", size - 1);
+    }
+    for (size_t i = 0; i < count; ++i) observe(tokens[i]);
+}
+
+void Sampler::check_size(size_t logits) const {
+    if (logits == vocab_size()) return;
+    throw invalid("the logits are not of the sampler's vocabulary")
+        .found(logits)
+        .allowed(vocab_size());
 }
 
 mla_token Sampler::pick(const float* logits) {

@@ -1,4 +1,5 @@
-// From logits to the next token, as mla_deploy.runtime.sampling does it:
+// From logits to the next token. The order is that of transformers, so that the same options mean
+// the same:
 //
 // 1. repetition penalty on every token that occurred: a positive logit is divided by it, a negative
 //    one multiplied (Keskar et al., arXiv 1909.05858);
@@ -38,12 +39,19 @@ struct SamplingOptions {
 // Picks tokens of one sequence. One thread at a time.
 class Sampler {
   public:
+    // Errors: MLA_INVALID_ARGUMENT.
     Sampler(const SamplingOptions& options, uint32_t vocab_size);
 
     size_t vocab_size() const { return occurred_.size(); }
 
     // Notes a token of the sequence, which must be in the vocabulary.
     void observe(mla_token token) { occurred_[static_cast<size_t>(token)] = 1; }
+
+    // Notes tokens, all or none. Errors: MLA_INVALID_ARGUMENT.
+    void observe(const mla_token* tokens, size_t count);
+
+    // Whether so many logits are those of the vocabulary. Errors: MLA_INVALID_ARGUMENT.
+    void check_size(size_t logits) const;
 
     // The next token. logits: [vocab_size]. Errors: MLA_MODEL_FAILED.
     mla_token pick(const float* logits);

@@ -29,6 +29,7 @@ class Session {
     // The rest is guarded by the engine's mutex.
     PageTable pages_;  // holds room for the tokens, and between steps for no more pages
     std::vector<mla_token> tokens_;
+    uint64_t changes_ = 0;  // how often its tokens have changed
     const Claim* claim_ = nullptr;
 };
 

@@ -47,7 +47,7 @@ bool file_bytes(const Header& header, uint64_t& bytes) {
 
 void check_header(const Header& header, uint64_t size, Engine& engine, const std::string& path) {
     if (std::memcmp(header.magic, kMagic, sizeof(kMagic)) != 0) {
-        throw bad(path, " is not a session file").next("name a file that mla_session_save wrote");
+        throw bad(path, " is not a session file").next("name a file that a session was saved to");
     }
     if (header.version != kVersion) {
         throw bad(path, " is of another version of the session file")

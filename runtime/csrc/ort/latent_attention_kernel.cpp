@@ -10,7 +10,7 @@ namespace mla::ort {
 
 namespace {
 
-void check(cpu::Status status) {
+void check_kernel(cpu::Status status) {
     if (status == cpu::Status::kOk) return;
     throw Error(status == cpu::Status::kBadArgument ? ORT_INVALID_ARGUMENT : ORT_FAIL,
                 cpu::last_error());
@@ -144,7 +144,7 @@ LatentAttentionKernel::LatentAttentionKernel(const OrtApi& api, const OrtKernelI
       parts_(cache_parts(attributes_)),
       weights_(nullptr, cpu::free_weights) {
     check_types(api, info, parts_, Activations::kFp32);
-    check(cpu::resolve_isa(cpu::Isa::kAuto, &isa_));
+    check_kernel(cpu::resolve_isa(cpu::Isa::kAuto, &isa_));
     const OrtValue* w_uk = constant_input(api, info, kWUk);
     const OrtValue* w_uv = constant_input(api, info, kWUv);
     if (w_uk != nullptr && w_uv != nullptr) {
@@ -187,7 +187,7 @@ void LatentAttentionKernel::compute(OrtKernelContext* context) const {
     params.parallel = threads.parallel_for();
     const Workspaces::Lent workspace = Workspaces::workspaces().take();
     params.workspace = workspace.get();
-    check(cpu::latent_attention(params));
+    check_kernel(cpu::latent_attention(params));
 }
 
 LatentAttentionKernel::Weights LatentAttentionKernel::prepare(const Tensor& w_uk,
@@ -199,7 +199,7 @@ LatentAttentionKernel::Weights LatentAttentionKernel::prepare(const Tensor& w_uk
     desc.w_uv = w_uv.data;
     desc.precision = precision_for(attributes_.cache_format);
     cpu::PreparedWeights* weights = nullptr;
-    check(cpu::prepare_weights(desc, &weights));
+    check_kernel(cpu::prepare_weights(desc, &weights));
     return Weights(weights, cpu::free_weights);
 }
 

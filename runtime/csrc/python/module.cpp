@@ -26,4 +26,10 @@ NB_MODULE(_runtime, m) {
         "dotprod and i8mm those present, in this order.");
 
     bind_latent_attention(m);
+#if defined(MLA_ENGINE)
+    // At the end of the interpreter objects may live on, in cycles or in other threads.
+    nb::set_leak_warnings(false);
+    bind_engine(m);
+    bind_generation(m);
+#endif
 }

@@ -9,14 +9,15 @@
 #include <pcre2.h>
 
 namespace mla::text {
-namespace {
 
 template <class T, void (*Free)(T*)>
-struct Deleter {
+struct Pcre2Deleter {
     void operator()(T* pointer) const { Free(pointer); }
 };
 template <class T, void (*Free)(T*)>
-using Owned = std::unique_ptr<T, Deleter<T, Free>>;
+using Owned = std::unique_ptr<T, Pcre2Deleter<T, Free>>;
+
+namespace {
 
 // Backtracking into a long run takes memory; this is enough for millions of characters.
 constexpr size_t kJitStackBytes = size_t{16} << 20;
@@ -97,7 +98,7 @@ void Regex::find_all(std::string_view original, MatchMemory& memory,
                                  PCRE2_NO_UTF_CHECK, own.data.get(), own.context.get());
         if (status == PCRE2_ERROR_NOMATCH) return;
         if (status < 0) {
-            throw Error(MLA_TEXT_FAILED,
+            throw Error(MLA_TOO_COMPLEX,
                         "a pattern of tokenizer.json cannot be matched against the text")
                 .found(pcre2_message(status), ", ", text.size() - from, " bytes before its end")
                 .next("encode the text in shorter parts");

@@ -36,7 +36,7 @@ class Regex {
 
     // Appends the matches from left to right, none within another and no empty one right behind
     // another, as Oniguruma's find_iter gives them. `text` is valid UTF-8.
-    // Throws MLA_TEXT_FAILED where PCRE2's limits on steps or memory are reached.
+    // Throws MLA_TOO_COMPLEX where PCRE2's limits on steps or memory are reached.
     void find_all(std::string_view text, MatchMemory& memory, std::vector<Span>& matches) const;
 
   private:

@@ -8,7 +8,7 @@ namespace mla::text {
 
 // A PCRE2 pattern that matches the same, to be compiled with UTF, UCP and MULTILINE. The two
 // syntaxes look alike and differ in meaning (\h, \s, \v, {n}+, (?m), [a&&b], [a[b]]), so every
-// construct is parsed, and one that is not known to mean the same gives MLA_TEXT_UNSUPPORTED.
+// construct is parsed, and one that is not known to mean the same gives MLA_UNSUPPORTED.
 // where: the place of the pattern in tokenizer.json, for errors.
 std::string to_pcre2(std::string_view pattern, const std::string& where);
 

@@ -1,6 +1,7 @@
 #include "text/tokenizer.h"
 
 #include <algorithm>
+#include <nlohmann/json.hpp>
 #include <unordered_set>
 
 #include "text/utf8.h"
@@ -169,16 +170,16 @@ void Tokenizer::spell_tokens(const std::vector<AddedToken>& added) {
 
 std::vector<uint32_t> Tokenizer::encode(std::string_view text, bool add_special_tokens) const {
     if (text.size() >= kMaxText) {
-        throw Error(MLA_TEXT_INVALID_ARGUMENT, "the text is too long")
+        throw invalid("the text is too long")
             .found(text.size(), " bytes")
             .allowed("less than ", kMaxText)
             .next("encode it in parts");
     }
-    const size_t invalid = find_invalid_utf8(text);
-    if (invalid != std::string_view::npos) {
-        throw Error(MLA_TEXT_INVALID_ARGUMENT, "the text is not UTF-8")
-            .found("byte ", static_cast<int>(static_cast<unsigned char>(text[invalid])),
-                   " at offset ", invalid)
+    const size_t wrong = find_invalid_utf8(text);
+    if (wrong != std::string_view::npos) {
+        throw invalid("the text is not UTF-8")
+            .found("byte ", static_cast<int>(static_cast<unsigned char>(text[wrong])),
+                   " at offset ", wrong)
             .next("convert it to UTF-8");
     }
     Loan loan(*this);

@@ -1,7 +1,7 @@
 /* mla-deploy's engine for programs: the C ABI.
  *
- * Token ids in, token ids out; examples/cpp/minimal.cpp is a whole program, docs/embedding.md tells
- * the story, and runtime.hpp wraps all this for C++.
+ * Token ids in, token ids out; text.h makes ids of text and text of ids. examples/cpp/minimal.cpp
+ * is a whole program, docs/embedding.md tells the story, and runtime.hpp wraps all this for C++.
  *
  * Rules that hold for every function:
  *
@@ -61,7 +61,14 @@ typedef enum mla_status {
     MLA_BUSY = 10,         /* a generation or save is under way on the session */
     MLA_CANCELLED = 11,    /* by mla_cancellation_request */
     MLA_MODEL_FAILED = 12, /* the graph failed, or its logits are not finite */
-    MLA_INTERNAL = 13      /* a mistake of ours: please report it */
+    MLA_INTERNAL = 13,     /* a mistake of ours: please report it */
+
+    /* of text.h alone */
+    MLA_BAD_TOKENIZER = 14,    /* tokenizer.json is damaged or contradicts itself */
+    MLA_UNSUPPORTED = 15,      /* it is valid, but uses what this library has not */
+    MLA_BUFFER_TOO_SMALL = 16, /* *count or *length has the size that is needed */
+    MLA_NOT_FOUND = 17,        /* no such token */
+    MLA_TOO_COMPLEX = 18       /* a pattern needs more steps or memory than it may have */
 } mla_status;
 
 /* MLA_ABI_VERSION of the library. Compare it with the macro before anything else. */

@@ -1,11 +1,13 @@
-// runtime.h for C++: objects that close themselves, and exceptions. Header-only, C++17.
+// runtime.h and text.h for C++: objects that close themselves, and exceptions. Header-only, C++17.
 //
 //     mla::Engine engine(options);
+//     mla::Tokenizer tokenizer(bundle + "/tokenizer.json");
 //     mla::Session session = engine.session();
-//     mla::Generation made = session.generate({1, 2, 3});
+//     mla::Generation made = session.generate(tokenizer.encode("The lighthouse keeper"));
+//     std::string text = tokenizer.decode(made.tokens);
 //
 // Objects are moved, not copied; an object that was moved from may only be assigned to or
-// destroyed. What runtime.h says of threads holds here too. Only the exceptions cross no language
+// destroyed. What the two say of threads holds here too. Only the exceptions cross no language
 // boundary: they are thrown in this header, which is compiled with the program.
 #ifndef MLA_DEPLOY_RUNTIME_HPP
 #define MLA_DEPLOY_RUNTIME_HPP
@@ -17,9 +19,11 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "mla_deploy/runtime.h"
+#include "mla_deploy/text.h"
 
 namespace mla {
 
@@ -294,6 +298,99 @@ class Sampler {
 
   private:
     detail::Owned<mla_sampler, mla_sampler_destroy> handle_;
+};
+
+// Text to token ids, and back. Sessions of one thread and streams of another may share it.
+class Tokenizer {
+  public:
+    // path: of a tokenizer.json, such as that of a bundle.
+    explicit Tokenizer(const std::string& path) {
+        mla_tokenizer* handle = nullptr;
+        check(mla_tokenizer_open(path.c_str(), &handle));
+        handle_.reset(handle);
+    }
+
+    std::uint32_t vocab_size() const {
+        std::uint32_t size = 0;
+        check(mla_tokenizer_vocab_size(handle_.get(), &size));
+        return size;
+    }
+
+    // The id of a token by its exact content; nothing if there is no such token.
+    std::optional<mla_token> token_id(std::string_view content) const {
+        mla_token id = 0;
+        const mla_status status =
+            mla_tokenizer_token_id(handle_.get(), content.data(), content.size(), &id);
+        if (status == MLA_NOT_FOUND) return std::nullopt;
+        check(status);
+        return id;
+    }
+
+    // add_special_tokens: with what the model wants around a text, such as a leading <s>.
+    std::vector<mla_token> encode(std::string_view text, bool add_special_tokens = true) const {
+        std::vector<mla_token> ids(text.size() + 16);
+        grow(ids, [&](std::size_t& count) {
+            return mla_tokenizer_encode(handle_.get(), text.data(), text.size(), add_special_tokens,
+                                        ids.data(), ids.size(), &count);
+        });
+        return ids;
+    }
+
+    std::string decode(const std::vector<mla_token>& ids, bool skip_special_tokens = true) const {
+        std::string text(8 * ids.size() + 16, '\0');
+        grow(text, [&](std::size_t& length) {
+            return mla_tokenizer_decode(handle_.get(), ids.data(), ids.size(), skip_special_tokens,
+                                        text.data(), text.size(), &length);
+        });
+        return text;
+    }
+
+    mla_tokenizer* get() const noexcept { return handle_.get(); }
+
+  private:
+    // Calls again with room for all, if there was too little.
+    template <class Out, class Call>
+    static void grow(Out& out, const Call& call) {
+        std::size_t size = 0;
+        mla_status status = call(size);
+        if (status == MLA_BUFFER_TOO_SMALL) {
+            out.resize(size);
+            status = call(size);
+        }
+        check(status);
+        out.resize(size);
+    }
+
+    detail::Owned<mla_tokenizer, mla_tokenizer_close> handle_;
+};
+
+// Text as tokens come, never half a character. It may outlive its tokenizer.
+class TextStream {
+  public:
+    explicit TextStream(const Tokenizer& tokenizer, bool skip_special_tokens = true) {
+        mla_text_stream* handle = nullptr;
+        check(mla_text_stream_create(tokenizer.get(), skip_special_tokens, &handle));
+        handle_.reset(handle);
+    }
+
+    // What is complete now, often nothing; valid until the next call on the stream.
+    std::string_view push(mla_token id) {
+        const char* text = nullptr;
+        std::size_t length = 0;
+        check(mla_text_stream_push(handle_.get(), id, &text, &length));
+        return {text, length};
+    }
+
+    // The rest, when no more tokens come. The stream is then as new.
+    std::string_view flush() {
+        const char* text = nullptr;
+        std::size_t length = 0;
+        check(mla_text_stream_flush(handle_.get(), &text, &length));
+        return {text, length};
+    }
+
+  private:
+    detail::Owned<mla_text_stream, mla_text_stream_destroy> handle_;
 };
 
 }  // namespace mla

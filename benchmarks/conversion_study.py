@@ -1,0 +1,229 @@
+"""What converting to MLA costs a model: methods, steps, healing and the int4 cache.
+
+    python benchmarks/conversion_study.py methods MODEL... --text TEXT
+    python benchmarks/conversion_study.py steps MODEL... --text TEXT
+    python benchmarks/conversion_study.py heal MODEL... --text TEXT
+
+Without --text a model writes its own calibration text. Figures are losses on held-out windows, in
+nats a token, above the source's; each line is printed as it comes. Where a size can be divided into
+latent and rotary channels in several ways, all are tried, for the published methods too, and the
+best is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+
+from mla_deploy.evaluate import evaluate
+from mla_deploy.evaluate.scorer import TorchScorer
+from mla_deploy.quant.compress.calibration import Windows
+from mla_deploy.quant.compress.convert import calibration_windows, convert_checkpoint
+from mla_deploy.quant.compress.layer import load_layer
+from mla_deploy.quant.compress.methods import QUERY_AWARE, LayerTask, Steps, convert_layer
+from mla_deploy.quant.compress.options import ConvertOptions
+from mla_deploy.quant.compress.source import Source
+from mla_deploy.quant.compress.streams import HeldOut, SourceLayer, carry, score
+from mla_deploy.quant.options import QuantizeOptions
+from mla_deploy.quant.quantize import quantize_checkpoint
+from mla_deploy.tokenizer import Tokenizer
+
+RATIOS = (0.5, 0.3125, 0.1875, 0.125)
+METHODS = (
+    QUERY_AWARE,
+    "transmla",
+    "mha2mla-2norm-joint",
+    "mha2mla-uniform-joint",
+    "mha2mla-high-joint",
+    "mha2mla-low-joint",
+    "mha2mla-2norm-split",
+)
+ALL = Steps()
+STEPS = {
+    "all steps": ALL,
+    "heads not weighed by queries": dataclasses.replace(ALL, queries=False),
+    "distances of all pairs": dataclasses.replace(ALL, attention_distances=False),
+    "no mean rotation": dataclasses.replace(ALL, mean_rotation=False),
+    "not centred": dataclasses.replace(ALL, centred=False),
+    "keys not weighed by queries": dataclasses.replace(ALL, query_metric=False),
+    "values not weighed by o_proj": dataclasses.replace(ALL, output_metric=False),
+    "frequencies folded by trial": dataclasses.replace(ALL, folds=(1, 2, 4, 8)),
+    "keys and values at equal traces": dataclasses.replace(ALL, gammas=(1.0,)),
+}
+
+
+class Study:
+    """A model measured once, converted in many ways in memory."""
+
+    @torch.no_grad()
+    def __init__(self, path: Path, windows: Windows) -> None:
+        self.source = Source(path)
+        self.config = self.source.config
+        self.windows = windows
+        table = self.source.read("model.embed_tokens.weight").float()
+        fitted, self.of_source = table[windows.fitted], table[windows.held_out]
+        self.start = self.of_source.clone()
+        self.layers = []
+        for index in range(self.config.num_hidden_layers):
+            layer = SourceLayer(self.config, index, load_layer(self.source, index))
+            self.layers.append((layer, layer.measure_white(), *layer.measure(fitted)))
+            h = self.of_source
+            self.of_source = layer.finish(h, layer.attend(*layer.project(h)))
+        self.loss = self._scored(self.of_source).loss
+
+    def _scored(self, converted: torch.Tensor) -> HeldOut:
+        return score(self.source, self.of_source, converted, self.windows.held_out)
+
+    def added_loss(self, method: str, rank: int, rope: int, steps: Steps | None = None) -> float:
+        """Nats a token above the source."""
+        h = self.start.clone()
+        for layer, white, moments, distances, sample in self.layers:
+            task = LayerTask(
+                config=self.config,
+                weights=layer.weights,
+                inv_freq=layer.inv_freq,
+                moments=moments,
+                white=white,
+                distances=distances,
+                window=h.shape[1],
+                rank=rank,
+                rope=rope,
+                stock_frequencies=False,
+                error=sample.error,
+            )
+            carry(layer, h, convert_layer(task, method, steps).weights)
+        return self._scored(h).converted_loss - self.loss
+
+    def ropes(self, method: str, total: int) -> list[int]:
+        """Ways to divide `total` numbers that make sense for a method."""
+        d, groups = self.config.head_dim, self.config.num_key_value_heads
+        if method.startswith("mha2mla"):  # the paper's eighth of a head, and more
+            wanted = [groups * max(2, d // 8) * times for times in (1, 2, 4)]
+        elif method == "transmla":  # one head, and around it
+            wanted = [d // 2, d, 2 * d]
+        else:
+            wanted = [max(2, int(total * share) // 2 * 2) for share in (0.125, 0.25, 0.375, 0.5)]
+        return sorted({rope for rope in wanted if rope < total and rope <= groups * d})
+
+
+def methods(study: Study) -> None:
+    print("| ratio | method | added loss | rotary |\n|---|---|---|---|")
+    for ratio in RATIOS:
+        total = round(ratio * study.config.cached_numbers)
+        for method in METHODS:
+            found = {
+                rope: study.added_loss(method, total - rope, rope)
+                for rope in study.ropes(method, total)
+            }
+            if found:
+                best = min(found, key=found.__getitem__)
+                print(f"| {ratio} | {method} | {found[best]:.4f} | {best} |", flush=True)
+
+
+def steps(study: Study) -> None:
+    print("| ratio | steps | added loss |\n|---|---|---|")
+    for ratio in RATIOS[:3]:
+        total = round(ratio * study.config.cached_numbers)
+        ropes = study.ropes(QUERY_AWARE, total)
+        rope = min(ropes, key=lambda one: study.added_loss(QUERY_AWARE, total - one, one))
+        for name, chosen in STEPS.items():
+            loss = study.added_loss(QUERY_AWARE, total - rope, rope, chosen)
+            print(f"| {ratio} | {name} | {loss:.4f} |", flush=True)
+
+
+def heal(path: Path, texts: list[Path], held_out: str, window: int, tokens: int) -> None:
+    """Through the checkpoints, as a user would; losses by `mla-deploy eval`'s own code."""
+
+    def loss(folder: Path) -> float:
+        return math.log(evaluate(TorchScorer(folder), held_out, window=window).perplexity)
+
+    source_config = Source(path).config
+    print(
+        "| d_kv | cache | converted | healed | int4 cache | its bytes |\n|---|---|---|---|---|---|"
+    )
+    base = None
+    for d_kv in (64, 32, 16):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            common = {
+                "like_paper": d_kv,
+                "calibration": tuple(map(str, texts)),
+                "window": window,
+            }
+            convert_checkpoint(path, folder / "plain", ConvertOptions(**common))
+            report = convert_checkpoint(
+                path,
+                folder / "healed",
+                ConvertOptions(**common, heal=tuple(map(str, texts)), heal_tokens=tokens),
+            )
+            options = QuantizeOptions(kv="int4", weights="none")
+            quantize_checkpoint(folder / "healed", folder / "int4", options)
+            found = [loss(folder / one) for one in ("plain", "healed", "int4")]
+            base = base if base is not None else source_loss(path, held_out, window)
+            share = report.bytes_per_token()["int4"] / report.source_bytes_per_token
+            row = " | ".join(f"{one - base:+.4f}" for one in found)
+            ratio = report.geometry.ratio(source_config)
+            print(f"| {d_kv} | {ratio - 1:+.2%} | {row} | {share - 1:+.2%} |", flush=True)
+
+
+@torch.no_grad()
+def source_loss(path: Path, text: str, window: int) -> float:
+    """Of the source, on the same windows as `evaluate`."""
+    from mla_deploy.evaluate.text import encode_text, windows
+
+    source = Source(path)
+    table = source.read("model.embed_tokens.weight").float()
+    corpus = encode_text(Tokenizer.open(path), text)
+    parts = list(windows(corpus, window, window - len(corpus.start)))
+    layers = [
+        SourceLayer(source.config, i, load_layer(source, i))
+        for i in range(source.config.num_hidden_layers)
+    ]
+    total = count = 0.0
+    for part in parts:
+        ids = torch.tensor([part.ids])
+        h = table[ids]
+        for layer in layers:
+            h = layer.finish(h, layer.attend(*layer.project(h)))
+        scored = score(source, h, h, ids)
+        total += scored.loss * scored.tokens
+        count += scored.tokens
+    return total / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("methods", "steps", "heal"))
+    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("--text", action="append", type=Path, default=[])
+    parser.add_argument("--held-out", type=Path, help="for heal: text that is scored")
+    parser.add_argument("--tokens", type=int, default=1 << 14, help="of calibration")
+    parser.add_argument("--heal-tokens", type=int, default=1 << 16)
+    parser.add_argument("--window", type=int, default=256)
+    args = parser.parse_args()
+    for path in args.models:
+        print(f"\n## {path.name}: {args.what}\n")
+        if args.what == "heal":
+            text = args.held_out.read_text()
+            heal(path, args.text, text, args.window, args.heal_tokens)
+            continue
+        options = ConvertOptions(
+            target_ratio=0.5,
+            calibration=tuple(map(str, args.text)) or ("self",),
+            tokens=args.tokens,
+            window=args.window,
+        )
+        windows = calibration_windows(Source(path), options)
+        assert windows is not None
+        study = Study(path, windows)
+        print(f"loss of the source: {study.loss:.4f}\n")
+        {"methods": methods, "steps": steps}[args.what](study)
+
+
+if __name__ == "__main__":
+    main()

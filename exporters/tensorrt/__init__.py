@@ -1,0 +1,1 @@
+"""TensorRT export: lowering tables by version, engines, bundles."""

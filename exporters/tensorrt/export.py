@@ -1,0 +1,355 @@
+"""`export_tensorrt`: from a checkpoint to a bundle of engines, or to the graph for a device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from mla_deploy import __version__
+from mla_deploy.bundle import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Bundle,
+    CacheInfo,
+    CachePartInfo,
+    EngineInfo,
+    GraphInfo,
+    LayerCache,
+    Manifest,
+    ProfileInfo,
+    TensorInfo,
+    TensorRtInfo,
+    describe_file,
+    write_manifest,
+)
+from mla_deploy.cache import PAGE_TOKENS, cache_record
+from mla_deploy.checkpoint import Checkpoint
+from mla_deploy.config import MlaConfig
+from mla_deploy.errors import BundleError, UsageError
+from mla_deploy.exporters.onnx.export import (
+    GRAPH_FILE,
+    copy_tokenizer,
+    model_info,
+    require_tokenizer,
+)
+from mla_deploy.exporters.onnx.graph import build_graph
+from mla_deploy.exporters.onnx.weights import Progress, write_external_data
+from mla_deploy.exporters.tensorrt.build import (
+    TIMEOUT,
+    EngineReport,
+    build_engine,
+    check_backend,
+    check_memory,
+)
+from mla_deploy.exporters.tensorrt.capability import (
+    DEFAULT,
+    Capability,
+    capability,
+    check_target,
+)
+from mla_deploy.exporters.tensorrt.context_model import context_model
+from mla_deploy.exporters.tensorrt.target import TensorRt
+from mla_deploy.output import check_output, check_space, new_folder, writing
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+LOGITS = 64
+"""Positions whose logits come of one step at most: those of a whole chunk would take more scratch
+memory than the rest of the model."""
+
+
+@dataclass(frozen=True)
+class TensorRtOptions:
+    """How to export; None stands for what the model says."""
+
+    targets: Sequence[str] = ()
+    """GPUs to build for, such as `sm89`."""
+    compat: str = DEFAULT
+    """The version of TensorRT, by its table's name."""
+    dtype: str = "fp16"
+    """Of activations: fp16, bf16 or fp32."""
+    onnx_only: bool = False
+    """Write the graph alone; engines are built from it where the GPU is."""
+    max_tokens: int = 8192
+    """Rows of the cache that a step can read. Scratch memory grows with it."""
+    prefill_chunk: int = 256
+    """New tokens of one step at most. Scratch memory grows with it."""
+    timeout: float = TIMEOUT
+    """Seconds for each engine."""
+
+
+@dataclass(frozen=True)
+class TensorRtReport:
+    """What an export made."""
+
+    bundle: Path
+    bytes: int
+    seconds: float
+    nodes: int
+    kv_bytes_per_token: int
+    engines: tuple[EngineReport, ...]
+
+
+def export_tensorrt(
+    source: Path,
+    out: Path,
+    options: TensorRtOptions,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> TensorRtReport:
+    """Write the bundle of a checkpoint, or of a bundle that was exported with `onnx_only`.
+
+    Raises:
+        UsageError: options outside their range, a GPU or a TensorRT that cannot be had.
+        BuildError: too little memory, or TensorRT fails.
+        ConfigError, CheckpointError, TokenizerError, BundleError: the source is not whole.
+        OutputError: `out` exists, or cannot be written.
+    """
+    start = time.monotonic()
+    wanted = check_options(options)
+    if not options.onnx_only:
+        check_backend(wanted, options.targets)
+    if (source / MANIFEST).is_file():
+        return _build_bundle(source, out, options, wanted, force, progress, start)
+    checkpoint = Checkpoint(source)
+    config = checkpoint.config
+    require_tokenizer(source)
+    check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
+    graph = build_graph(config, checkpoint, TensorRt(wanted, DTYPES[options.dtype]))
+    initializers = list(graph.builder.initializers.values())
+    weights = sum(one.nbytes for one in initializers)
+    _check_room(out, weights, options)
+    inputs, outputs = (
+        [_tensor(value) for value in values]
+        for values in (graph.model.graph.inputs, graph.model.graph.outputs)
+    )
+    with new_folder(out) as folder:
+        data = folder / f"{GRAPH_FILE}.data"
+        tensors = write_external_data(initializers, data, checkpoint.read, progress)
+        for name, tensor in tensors.items():
+            graph.builder.initializer_value(name).const_value = tensor
+        with writing(folder):
+            onnx.save(ir.to_proto(graph.model), folder / GRAPH_FILE)
+            onnx.checker.check_model(folder / GRAPH_FILE)
+            names = copy_tokenizer(source, folder)
+        manifest = Manifest(
+            version=FORMAT_VERSION,
+            producer=f"mla-deploy {__version__}",
+            model=model_info(config),
+            graph=GraphInfo(
+                path=GRAPH_FILE, backend="tensorrt", lowering=wanted.name, opset=wanted.opset
+            ),
+            cache=cache_info(config),
+            recipe=config.recipe.to_json(),
+            files=[],
+            tensorrt=TensorRtInfo(
+                module=wanted.module,
+                version=None,
+                dtype=str(DTYPES[options.dtype]).removeprefix("torch."),
+                profiles=profiles(config.max_position_embeddings, options),
+                engines=[],
+                inputs=inputs,
+                outputs=outputs,
+            ),
+        )
+        built: list[EngineReport] = []
+        if options.onnx_only:
+            names = [GRAPH_FILE, data.name, *names]
+        else:
+            manifest, built = _build_all(folder, folder, manifest, options, wanted, progress)
+            (folder / GRAPH_FILE).unlink()
+            data.unlink()
+        size = _finish(folder, manifest, names)
+    per_layer = cache_record(config.recipe.cache_format).bytes_per_token(
+        config.kv_lora_rank, config.qk_rope_head_dim
+    )
+    return TensorRtReport(
+        bundle=out,
+        bytes=size,
+        seconds=time.monotonic() - start,
+        nodes=len(graph.builder.nodes),
+        kv_bytes_per_token=per_layer * config.num_hidden_layers,
+        engines=tuple(built),
+    )
+
+
+def check_options(options: TensorRtOptions) -> Capability:
+    """The version that is wanted, if the options fit each other and it."""
+    wanted = capability(options.compat)
+    for name, value, allowed in (
+        ("dtype", options.dtype, tuple(DTYPES)),
+        ("max_tokens", options.max_tokens, range(PAGE_TOKENS, (1 << 24) + 1)),
+        ("prefill_chunk", options.prefill_chunk, range(2, 4097)),
+    ):
+        if value not in allowed:
+            raise UsageError(
+                f"{name} is out of range",
+                found=value,
+                allowed=f"{allowed[0]} to {allowed[-1]}"
+                if isinstance(allowed, range)
+                else ", ".join(allowed),
+            )
+    if options.timeout <= 0:
+        raise UsageError("timeout is out of range", found=options.timeout, allowed="above 0")
+    if options.onnx_only and options.targets:
+        raise UsageError(
+            "the graph is the same for every GPU",
+            found=f"--onnx-only with --target {options.targets[0]}",
+            hint="leave one of them out",
+        )
+    if not options.onnx_only and not options.targets:
+        raise UsageError(
+            "an engine is built for a GPU, and none is named",
+            allowed=", ".join(wanted.targets),
+            hint="name it with --target, or write the graph alone with --onnx-only",
+        )
+    if len(set(options.targets)) < len(options.targets):
+        raise UsageError("a GPU is named twice", found=", ".join(options.targets))
+    for target in options.targets:
+        check_target(target, wanted)
+    if options.dtype == "bf16" and "sm75" in options.targets:
+        raise UsageError("sm75 has no bfloat16", found="--dtype bf16", allowed="fp16, fp32")
+    return wanted
+
+
+def profiles(context: int, options: TensorRtOptions) -> list[ProfileInfo]:
+    """One for a token, and one for several."""
+    most = -(-min(options.max_tokens, context) // PAGE_TOKENS) * PAGE_TOKENS
+    rows = (PAGE_TOKENS, max(PAGE_TOKENS, most // 4 // PAGE_TOKENS * PAGE_TOKENS), most)
+    chunk = min(options.prefill_chunk, most)
+    several = min(LOGITS, chunk)
+    return [
+        ProfileInfo(tokens=(1, 1, 1), rows=rows, logits=(1, 1, 1)),
+        ProfileInfo(tokens=(2, chunk, chunk), rows=rows, logits=(1, 1, several)),
+    ]
+
+
+def cache_info(config: MlaConfig) -> CacheInfo:
+    """The manifest's part on the cache: rows of the parts, whatever their layout in pages."""
+    name = config.recipe.cache_format
+    parts = [
+        CachePartInfo(
+            name=part.name,
+            dtype=str(part.dtype).removeprefix("torch."),
+            page_shape=[PAGE_TOKENS, part.width],
+        )
+        for part in cache_record(name).parts(config.kv_lora_rank, config.qk_rope_head_dim)
+    ]
+    layers = [LayerCache(format=name, parts=parts) for _ in range(config.num_hidden_layers)]
+    return CacheInfo(page_tokens=PAGE_TOKENS, layers=layers)
+
+
+def _build_bundle(
+    source: Path,
+    out: Path,
+    options: TensorRtOptions,
+    wanted: Capability,
+    force: bool,
+    progress: Progress | None,
+    start: float,
+) -> TensorRtReport:
+    """Engines from a graph that was exported with --onnx-only, perhaps on another machine."""
+    bundle = Bundle.open(source, verify=True)
+    made_for = bundle.manifest.graph.lowering
+    if bundle.manifest.tensorrt is None or bundle.manifest.tensorrt.engines or options.onnx_only:
+        raise BundleError(
+            f"{source} is not the graph for TensorRT that engines are built from",
+            allowed="a checkpoint, or a bundle exported with --to tensorrt --onnx-only",
+        )
+    if made_for != wanted.name:
+        raise UsageError(
+            "the graph was made for another TensorRT",
+            found=f"--compat {wanted.name}",
+            allowed=made_for,
+            hint=f"use --compat {made_for}, or export the model again",
+        )
+    check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
+    graph = bundle.file(GRAPH_FILE)
+    _check_room(out, bundle.file(f"{GRAPH_FILE}.data").stat().st_size, options)
+    with new_folder(out) as folder:
+        with writing(folder):
+            names = copy_tokenizer(source, folder)
+        manifest, built = _build_all(
+            graph.parent, folder, bundle.manifest, options, wanted, progress
+        )
+        size = _finish(folder, manifest, names)
+    return TensorRtReport(
+        bundle=out,
+        bytes=size,
+        seconds=time.monotonic() - start,
+        nodes=len(onnx.load(graph, load_external_data=False).graph.node),
+        kv_bytes_per_token=bundle.kv_bytes_per_token,
+        engines=tuple(built),
+    )
+
+
+def _check_room(out: Path, weights: int, options: TensorRtOptions) -> None:
+    """Disk for the graph and the engines, and memory for a build."""
+    check_space(out.parent, weights * (1 + len(options.targets)))
+    if not options.onnx_only:
+        check_memory(weights)
+
+
+def _build_all(
+    graph: Path,
+    folder: Path,
+    manifest: Manifest,
+    options: TensorRtOptions,
+    wanted: Capability,
+    progress: Progress | None,
+) -> tuple[Manifest, list[EngineReport]]:
+    """Engines and their context models in `folder`, and the manifest that names them."""
+    info = manifest.tensorrt
+    assert info is not None
+    built, engines = [], []
+    for target in options.targets:
+        entry = EngineInfo(target=target, path=f"{target}.engine", context=f"{target}.onnx")
+        report = build_engine(
+            graph / GRAPH_FILE,
+            folder / entry.path,
+            wanted,
+            target,
+            info.inputs,
+            info.profiles,
+            timeout=options.timeout,
+            progress=progress,
+        )
+        model = context_model(
+            entry.path, wanted.module, report.version, target, info.inputs, info.outputs
+        )
+        with writing(folder):
+            onnx.save(model, folder / entry.context)
+        built.append(report)
+        engines.append(entry)
+    update = {"version": built[0].version, "engines": engines}
+    return manifest.model_copy(
+        update={
+            "graph": manifest.graph.model_copy(update={"path": engines[0].context}),
+            "tensorrt": info.model_copy(update=update),
+        }
+    ), built
+
+
+def _finish(folder: Path, manifest: Manifest, names: list[str]) -> int:
+    """Write the manifest; gives the size of the folder."""
+    assert manifest.tensorrt is not None
+    engines = [name for one in manifest.tensorrt.engines for name in (one.path, one.context)]
+    with writing(folder):
+        files = [describe_file(folder, name) for name in [*engines, *names]]
+        write_manifest(folder, manifest.model_copy(update={"files": files}))
+        return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _tensor(value: ir.Value) -> TensorInfo:
+    assert value.shape is not None
+    assert value.dtype is not None
+    names = {"FLOAT": "float32"}
+    shape = [size if isinstance(size, int) else str(size.value) for size in value.shape]
+    kind = names.get(value.dtype.name, value.dtype.name.lower())
+    return TensorInfo.model_validate({"name": value.name, "dtype": kind, "shape": shape})

@@ -1,0 +1,105 @@
+"""Which format each part of a model gets under a budget of bytes.
+
+Every item (a layer's cache) has choices with a cost and a loss, the KL divergence that this choice
+alone causes. Losses are taken to add up, which small ones do to first order. The allocation starts
+from the cheapest choice everywhere and takes, one after the other, the upgrade that lowers the loss
+most for a byte, as long as it fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mla_deploy.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to store an item."""
+
+    name: str
+    cost: int
+    """Bytes."""
+    loss: float
+    """KL divergence that it causes alone, in nats."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A choice for every item: its index, and what they come to together."""
+
+    chosen: tuple[int, ...]
+    cost: int
+    loss: float
+
+
+def cheapest(items: Sequence[Sequence[Choice]]) -> Allocation:
+    """The allocation of the least bytes, and among equals of the least loss."""
+    return _allocation(
+        items,
+        [
+            min(range(len(choices)), key=lambda i: (choices[i].cost, choices[i].loss))
+            for choices in items
+        ],
+    )
+
+
+def allocate(items: Sequence[Sequence[Choice]], budget: float) -> Allocation:
+    """The greedy allocation.
+
+    Args:
+        items: the choices of each.
+        budget: bytes for all items together.
+
+    Raises:
+        UsageError: even the cheapest choices are above it; says what they need.
+    """
+    return steps(items, budget)[-1]
+
+
+def steps(items: Sequence[Sequence[Choice]], budget: float = float("inf")) -> list[Allocation]:
+    """All allocations on the way from the cheapest to the budget, in rising order of cost.
+
+    Raises:
+        UsageError: as `allocate`.
+    """
+    current = cheapest(items)
+    if current.cost > budget:
+        raise UsageError(
+            "the budget is below what the smallest formats take",
+            found=f"{budget / len(items):g} bytes",
+            allowed=f"{current.cost / len(items):g} bytes or more, on average",
+        )
+    found = [current]
+    while (better := _best_upgrade(items, current, budget)) is not None:
+        current = better
+        found.append(current)
+    return found
+
+
+def _best_upgrade(
+    items: Sequence[Sequence[Choice]], current: Allocation, budget: float
+) -> Allocation | None:
+    best: tuple[float, int, int] | None = None
+    for item, choices in enumerate(items):
+        now = choices[current.chosen[item]]
+        for index, choice in enumerate(choices):
+            extra, gain = choice.cost - now.cost, now.loss - choice.loss
+            if gain <= 0 or extra < 0 or current.cost + extra > budget:
+                continue
+            slope = gain / extra if extra else float("inf")
+            if best is None or slope > best[0]:
+                best = slope, item, index
+    if best is None:
+        return None
+    chosen = list(current.chosen)
+    chosen[best[1]] = best[2]
+    return _allocation(items, chosen)
+
+
+def _allocation(items: Sequence[Sequence[Choice]], chosen: Sequence[int]) -> Allocation:
+    picked = [choices[index] for choices, index in zip(items, chosen, strict=True)]
+    return Allocation(
+        tuple(chosen), sum(choice.cost for choice in picked), sum(choice.loss for choice in picked)
+    )

@@ -1,0 +1,201 @@
+"""Which cache every layer gets, decided by a calibration, and by a budget if there is one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mla_deploy.cache import cache_record
+from mla_deploy.config import MlaConfig
+from mla_deploy.errors import ConfigError
+from mla_deploy.model import load_model
+from mla_deploy.output import writing
+from mla_deploy.quant.allocate import Choice, allocate, steps
+from mla_deploy.quant.calibrate import (
+    AUTO,
+    AUTO_FORMATS,
+    CacheChoice,
+    Calibration,
+    CalibrationText,
+    Progress,
+    calibrate,
+    joint_divergence,
+)
+from mla_deploy.quant.fold import LatentRotation
+
+CALIBRATION_FILE = "calibration.json"
+_AXES_FILE = "axes.safetensors"
+GREEDY = "greedy"
+
+
+@dataclass(frozen=True)
+class Point:
+    """An allocation, for the plot of bytes against divergence."""
+
+    name: str
+    """A format that all layers have, or `greedy`."""
+    bytes: float
+    """A token and layer, on average."""
+    kl: float
+    is_measured: bool
+    """With all layers at once; otherwise it is the sum of the layers measured one by one."""
+
+
+@dataclass(frozen=True)
+class CacheChoices:
+    """What was measured and what follows."""
+
+    calibration: Calibration
+    chosen: tuple[CacheChoice, ...]
+    """For each layer."""
+    rotations: tuple[LatentRotation | None, ...]
+    budget: float | None = None
+    """Bytes a token and layer, on average."""
+    points: tuple[Point, ...] = field(default=())
+
+    @property
+    def bytes_per_layer(self) -> float:
+        """A token and layer, on average."""
+        return sum(choice.bytes for choice in self.chosen) / len(self.chosen)
+
+    def to_json(self) -> dict[str, Any]:
+        """For `calibration.json` and `--json`: all but the matrices."""
+        return {
+            **self.calibration.to_json(),
+            "chosen": [asdict(choice) for choice in self.chosen],
+            "budget": self.budget,
+            "bytes_per_layer": self.bytes_per_layer,
+            "points": [asdict(point) for point in self.points],
+        }
+
+
+def auto_formats(config: MlaConfig) -> tuple[str, ...]:
+    """The formats of `--kv auto` that can hold this latent."""
+    fitting = []
+    for name in AUTO_FORMATS:
+        try:
+            cache_record(name).parts(config.kv_lora_rank, config.qk_rope_head_dim)
+        except ConfigError:
+            continue
+        fitting.append(name)
+    return tuple(fitting)
+
+
+def check_budget(config: MlaConfig, budget: float) -> None:
+    """Raise a UsageError that says the minimum, if the budget is below it."""
+    sizes = config.kv_lora_rank, config.qk_rope_head_dim
+    costs = [cache_record(name).bytes_per_token(*sizes) for name in auto_formats(config)]
+    layer = [Choice(str(cost), cost, 0.0) for cost in costs]
+    allocate([layer] * config.num_hidden_layers, budget * config.num_hidden_layers)
+
+
+def choose_cache(
+    source: Path,
+    config: MlaConfig,
+    text: CalibrationText,
+    kv: str,
+    budget: float | None,
+    rotate: bool | None,
+    progress: Progress | None = None,
+) -> CacheChoices:
+    """Calibrate a checkpoint and decide.
+
+    Args:
+        config: of the unquantised model.
+        kv: a record's name, or `auto`.
+        budget: bytes a token and layer on average, for `auto`.
+        rotate: as in `calibrate`.
+    """
+    model = load_model(source)
+    formats = auto_formats(config) if kv == AUTO else (kv,)
+    measured, tried = calibrate(
+        model,
+        config,
+        text,
+        formats,
+        rotate=rotate,
+        measures_kl=kv == AUTO,
+        progress=progress,
+    )
+
+    def caches(chosen: Sequence[int]) -> list[tuple[str, LatentRotation | None]]:
+        picked = [layer[index] for layer, index in zip(measured.layers, chosen, strict=True)]
+        return [(one.format, tried[at][one.rotation]) for at, one in enumerate(picked)]
+
+    points: tuple[Point, ...] = ()
+    chosen: Sequence[int] = [0] * len(measured.layers)
+    if kv == AUTO:
+        assert budget is not None
+        items = [
+            [Choice(one.format, one.bytes, one.kl or 0.0) for one in layer]
+            for layer in measured.layers
+        ]
+        total = budget * len(items)
+        candidates = {
+            GREEDY: allocate(items, total).chosen,
+            **{name: (at,) * len(items) for at, name in enumerate(formats)},
+        }
+        divergences = joint_divergence(
+            model, config, text, [caches(one) for one in candidates.values()], progress
+        )
+        costs = {name: _cost(items, one) for name, one in candidates.items()}
+        found = dict(zip(candidates, divergences, strict=True))
+        # Small losses add up, large ones do not quite: the uniform formats have the last word.
+        best = min((n for n in candidates if costs[n] <= total), key=lambda n: found[n])
+        chosen = candidates[best]
+        points = tuple(
+            Point(name, costs[name] / len(items), found[name], True) for name in candidates
+        ) + tuple(Point(GREEDY, one.cost / len(items), one.loss, False) for one in steps(items))
+    picked = tuple(layer[index] for layer, index in zip(measured.layers, chosen, strict=True))
+    rotations = tuple(rotation for _, rotation in caches(chosen))
+    return CacheChoices(measured, picked, rotations, budget, points)
+
+
+def _cost(items: Sequence[Sequence[Choice]], chosen: Sequence[int]) -> int:
+    return sum(choices[index].cost for choices, index in zip(items, chosen, strict=True))
+
+
+def save_choices(folder: Path, choices: CacheChoices) -> None:
+    """Write both files; the JSON last, so that it says that the other is whole."""
+    axes = {
+        str(layer): rotation.axes
+        for layer, rotation in enumerate(choices.rotations)
+        if rotation is not None and rotation.axes is not None
+    }
+    blocks = [None if one is None else one.block for one in choices.rotations]
+    text = json.dumps({**choices.to_json(), "blocks": blocks}, indent=1) + "\n"
+    with writing(folder):
+        save_file(axes, folder / _AXES_FILE)
+        temporary = folder / f".{CALIBRATION_FILE}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.rename(folder / CALIBRATION_FILE)
+
+
+def load_choices(folder: Path) -> CacheChoices | None:
+    """What `save_choices` wrote; None if it did not come to that."""
+    file = folder / CALIBRATION_FILE
+    if not file.exists():
+        return None
+    raw: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    axes: dict[str, torch.Tensor] = load_file(folder / _AXES_FILE)
+    return CacheChoices(
+        Calibration.from_json(raw),
+        tuple(CacheChoice(**one) for one in raw["chosen"]),
+        tuple(
+            None if block is None else LatentRotation(block, axes.get(str(layer)))
+            for layer, block in enumerate(raw["blocks"])
+        ),
+        raw["budget"],
+        tuple(Point(**one) for one in raw["points"]),
+    )
+
+
+def remove_axes(folder: Path) -> None:
+    """The matrices are in the weights now."""
+    (folder / _AXES_FILE).unlink(missing_ok=True)

@@ -1,0 +1,440 @@
+"""Calibration: what each way of caching costs each layer, measured on a text.
+
+The unquantised model runs in float32, window by window. Of every layer and cache record is measured
+
+- as the latent is, rotated by Hadamard blocks, and turned to balanced axes before that: the
+  signal-to-noise ratio of the latent, and the relative error of the attention block's output, the
+  smallest of which decides;
+- with that decision: the KL divergence of the model's prediction when this layer alone has that
+  cache. A layer is run again from its own input, so this costs half the model on average.
+
+Needs the whole model in memory, in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mla_deploy.cache import cache_record, pages_for
+from mla_deploy.config import MlaConfig
+from mla_deploy.errors import ConfigError, UsageError
+from mla_deploy.evaluate.text import DEFAULT_WINDOW, encode_text, read_text, windows
+from mla_deploy.modules.attention import LatentAttention
+from mla_deploy.modules.decoder import Decoder
+from mla_deploy.modules.linear import Norm
+from mla_deploy.ops import attention
+from mla_deploy.quant.fold import LatentRotation, balanced_axes, hadamard_block, latent_sensitivity
+from mla_deploy.tokenizer import Tokenizer
+
+AUTO = "auto"
+AUTO_FORMATS = ("int2", "int3", "int4", "int4-g32", "int8", "fp16")
+"""What `--kv auto` chooses from."""
+MIN_TOKENS = 64
+MAX_TOKENS = 4096
+"""Tokens that are looked at, spread evenly over the text; more change the choices little."""
+EXACT = "fp32"
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class CacheChoice:
+    """One cache record in one layer."""
+
+    format: str
+    bytes: int
+    """Per token."""
+    rotation: str
+    """The one that was best: `none`, `hadamard` or `balanced`."""
+    sqnr_db: dict[str, float]
+    """Of the latent, by rotation."""
+    output_error: dict[str, float]
+    """Of the attention block, |difference| / |output|, by rotation."""
+    kl: float | None
+    """Mean KL divergence of the prediction if only this layer is cached so; None: not measured."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """All that was measured."""
+
+    tokens: int
+    window: int
+    layers: tuple[tuple[CacheChoice, ...], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """For `calibration.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Calibration:
+        """What `to_json` gave."""
+        layers = tuple(tuple(CacheChoice(**one) for one in layer) for layer in raw["layers"])
+        return cls(raw["tokens"], raw["window"], layers)
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """The text, read and checked before any work."""
+
+    windows: tuple[tuple[int, ...], ...]
+    sha256: str
+
+    @classmethod
+    def read(
+        cls,
+        paths: Sequence[Path | str],
+        model: Path,
+        config: MlaConfig,
+        tokens: int = MAX_TOKENS,
+    ) -> CalibrationText:
+        """Read the files and cut them into the windows that are looked at, so many tokens of them.
+
+        Raises:
+            UsageError: a file that is missing, empty, not UTF-8, or too short all together.
+            TokenizerError: the model has no tokenizer.
+        """
+        text = "\n\n".join(read_text(path) for path in paths)
+        names = ", ".join(str(path) for path in paths)
+        tokenizer = Tokenizer.open(model)
+        corpus = encode_text(tokenizer, text)
+        if len(corpus.ids) < MIN_TOKENS:
+            raise UsageError(
+                f"the calibration text {names} is too short",
+                found=f"{len(corpus.ids)} tokens",
+                allowed=f"{MIN_TOKENS} or more; {MAX_TOKENS} are looked at",
+                hint="give a text such as the model will read, of some pages",
+            )
+        if max(corpus.ids) >= config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer of {model} has tokens that the model does not know",
+                found=f"token {max(corpus.ids)}",
+                allowed=f"0 to {config.vocab_size - 1}",
+                hint="take the tokenizer and the weights from the same model",
+            )
+        size = min(DEFAULT_WINDOW, config.max_position_embeddings)
+        every = [part.ids for part in windows(corpus, size, size - len(corpus.start))]
+        wanted = max(1, tokens // size)
+        step = max(1, len(every) // wanted)
+        chosen = tuple(part for part in every[::step][:wanted] if len(part) > 1)
+        digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
+        return cls(chosen, digest)
+
+
+@torch.no_grad()
+def calibrate(
+    model: Decoder,
+    config: MlaConfig,
+    text: CalibrationText,
+    formats: Sequence[str],
+    *,
+    rotate: bool | None = None,
+    measures_kl: bool = True,
+    progress: Progress | None = None,
+) -> tuple[Calibration, list[dict[str, LatentRotation | None]]]:
+    """Measure the formats in every layer.
+
+    Args:
+        model: unquantised, with its weights.
+        formats: names of cache records, all of which can hold this latent.
+        rotate: None lets the error decide between all rotations and none; True: only between
+            rotations; False: none.
+        measures_kl: without, `CacheChoice.kl` stays None.
+
+    Returns:
+        What was measured, and the rotations that were tried in each layer, by name.
+    """
+    layers = config.num_hidden_layers
+    total = len(text.windows) * layers * (2 + len(formats) * measures_kl)
+    done = 0
+
+    def move(what: str) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total, what)
+
+    axes = _balanced_axes(model, config, text, move)
+    rotations = _rotations(config, axes, rotate)
+    errors = _Errors(config, formats, rotations)
+    for ids in text.windows:
+        run = WindowRun(model, config, ids)
+        for layer, (x, residual) in enumerate(run.layer_inputs()):
+            errors.add(run, layer, x, residual)
+            move(f"error of layer {layer}")
+    decided = errors.decide()
+    divergence = torch.zeros(layers, len(formats), dtype=torch.float64)
+    positions = sum(len(ids) for ids in text.windows)
+    for ids in text.windows if measures_kl else ():
+        run = WindowRun(model, config, ids)
+        inputs = list(run.layer_inputs())
+        expected = run.log_probabilities(*run.layer(layers - 1, *inputs[-1]))
+        for layer, (x, residual) in enumerate(inputs):
+            for index, name in enumerate(formats):
+                rotation = rotations[layer][decided[layer][index]]
+                with rotated(run.attention(layer), rotation):
+                    found = run.layer(layer, x, residual, name)
+                for later in range(layer + 1, layers):
+                    found = run.layer(later, *found)
+                divergence[layer, index] += _divergence(expected, run.log_probabilities(*found))
+                move(f"divergence of {name} in layer {layer}")
+    return Calibration(
+        tokens=positions,
+        window=max(len(ids) for ids in text.windows),
+        layers=tuple(
+            tuple(
+                errors.choice(
+                    layer,
+                    index,
+                    decided[layer][index],
+                    float(divergence[layer, index]) / positions if measures_kl else None,
+                )
+                for index in range(len(formats))
+            )
+            for layer in range(layers)
+        ),
+    ), rotations
+
+
+@torch.no_grad()
+def joint_divergence(
+    model: Decoder,
+    config: MlaConfig,
+    text: CalibrationText,
+    caches: Sequence[Sequence[tuple[str, LatentRotation | None]]],
+    progress: Progress | None = None,
+) -> list[float]:
+    """Mean KL divergence for each list of caches, a record and a rotation for every layer."""
+    sums = [0.0] * len(caches)
+    for place, ids in enumerate(text.windows):
+        run = WindowRun(model, config, ids)
+        (*_, last) = run.layer_inputs()
+        expected = run.log_probabilities(*run.layer(config.num_hidden_layers - 1, *last))
+        for index, layers in enumerate(caches):
+            state: tuple[torch.Tensor, torch.Tensor | None] = run.start
+            for layer, (name, rotation) in enumerate(layers):
+                with rotated(run.attention(layer), rotation):
+                    state = run.layer(layer, *state, name)
+            x, residual = state
+            assert residual is not None
+            sums[index] += _divergence(expected, run.log_probabilities(x, residual))
+            if progress is not None:
+                done = place * len(caches) + index + 1
+                progress(done, len(text.windows) * len(caches), "allocations")
+    positions = sum(len(ids) for ids in text.windows)
+    return [one / positions for one in sums]
+
+
+def _rotations(
+    config: MlaConfig, axes: Sequence[torch.Tensor], rotate: bool | None
+) -> list[dict[str, LatentRotation | None]]:
+    """What is tried in each layer."""
+    block = hadamard_block(config.kv_lora_rank)
+    tried: list[dict[str, LatentRotation | None]] = []
+    for matrix in axes:
+        named = {
+            "none": None,
+            "hadamard": LatentRotation(block),
+            "balanced": LatentRotation(block, matrix),
+        }
+        if rotate is not None:
+            named = {name: one for name, one in named.items() if (one is not None) == rotate}
+        tried.append(named)
+    return tried
+
+
+def _balanced_axes(
+    model: Decoder, config: MlaConfig, text: CalibrationText, move: Callable[[str], None]
+) -> list[torch.Tensor]:
+    rank = config.kv_lora_rank
+    sums = [torch.zeros(rank, rank, dtype=torch.float64) for _ in range(config.num_hidden_layers)]
+    for ids in text.windows:
+        run = WindowRun(model, config, ids)
+        for layer, (x, residual) in enumerate(run.layer_inputs()):
+            c_kv, _ = run.latents(layer, run.normed(layer, x, residual))
+            sums[layer] += (c_kv.T @ c_kv).double()
+            move(f"axes of layer {layer}")
+    found = []
+    for layer, covariance in enumerate(sums):
+        block = run.attention(layer)
+        w_uk, w_uv = block.get_parameter("w_uk"), block.get_parameter("w_uv")
+        sensitivity = latent_sensitivity(w_uk, w_uv, block.o_proj.weight)
+        found.append(balanced_axes(covariance, sensitivity))
+    return found
+
+
+class WindowRun:
+    """One window on its way through an unquantised model, layer by layer."""
+
+    def __init__(self, model: Decoder, config: MlaConfig, ids: Sequence[int]) -> None:
+        self.model = model
+        self.config = config
+        self._ids = torch.tensor([list(ids)])
+        self._steps = len(ids)
+        self._pages = pages_for(len(ids))
+        past = torch.zeros(1, dtype=torch.int64)
+        x, cos, sin = model.prologue(self._ids, past)
+        self.start: tuple[torch.Tensor, torch.Tensor | None] = x, None
+        table = torch.arange(1, self._pages + 1).unsqueeze(0)
+        self._frame = (cos, sin, table, past, torch.tensor([self._steps]))
+
+    def attention(self, layer: int) -> LatentAttention:
+        """The layer's attention block."""
+        block = self.model.layers[layer].self_attn
+        assert isinstance(block, LatentAttention)
+        return block
+
+    def normed(self, layer: int, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """What the attention block of a layer is given."""
+        norm = self.model.layers[layer].input_layernorm
+        assert isinstance(norm, Norm)
+        output: torch.Tensor = norm(x) if residual is None else norm.after_add(x, residual)[0]
+        return output
+
+    def layer_inputs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """x and residual before each layer, the layers before it computed exactly."""
+        x, residual = self.start
+        for layer in range(self.config.num_hidden_layers):
+            yield x, residual
+            if layer + 1 < self.config.num_hidden_layers:
+                x, residual = self.layer(layer, x, residual)
+
+    def layer(
+        self, layer: int, x: torch.Tensor, residual: torch.Tensor | None, name: str = EXACT
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and residual behind a layer whose cache is the record of that name."""
+        self.attention(layer).cache_format = name
+        x, residual, _ = self.model.layers[layer](x, residual, *self._frame, self._cache(name))
+        return x, residual
+
+    def attend(self, layer: int, normed: torch.Tensor, name: str) -> torch.Tensor:
+        """The output of the attention block alone. Shapes: [1, S, hidden] to the same."""
+        block = self.attention(layer)
+        block.cache_format = name
+        output: torch.Tensor = block(normed, *self._frame, self._cache(name))[0]
+        return output
+
+    def latents(self, layer: int, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layer's cache is given: c_kv [S, rank], k_pe [S, rope]."""
+        block = self.attention(layer)
+        kv = block.qkv_a_proj(normed).split(block.split, dim=-1)[1]
+        cos, sin, *_ = self._frame
+        rank = self.config.kv_lora_rank
+        c_kv, k_pe = attention.new_latents(kv, cos, sin, rank, block.latent_norm_epsilon)
+        return c_kv[0], k_pe[0]
+
+    def log_probabilities(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Shapes: to [S, vocab_size]."""
+        every = torch.arange(self._steps).unsqueeze(0)
+        logits: torch.Tensor = self.model.epilogue(x, residual, every)
+        return logits[0].log_softmax(-1)
+
+    def _cache(self, name: str) -> list[torch.Tensor]:
+        parts = cache_record(name).parts(self.config.kv_lora_rank, self.config.qk_rope_head_dim)
+        return [part.empty(self._pages + 1) for part in parts]
+
+
+@contextmanager
+def rotated(block: LatentAttention, rotation: LatentRotation | None) -> Iterator[None]:
+    """The attention block with its latent rotated, as `fold` does it, while the context lasts."""
+    if rotation is None:
+        yield
+        return
+    linear = block.qkv_a_proj
+    w_uk, w_uv = block.get_parameter("w_uk").data, block.get_parameter("w_uv").data
+    rank = w_uk.shape[2]
+    rows = slice(block.split[0], block.split[0] + rank)
+    changed: list[tuple[nn.Module, str, torch.Tensor]] = []
+
+    def put(owner: nn.Module, name: str, value: torch.Tensor) -> None:
+        changed.append((owner, name, owner.get_parameter(name).data))
+        owner.get_parameter(name).data = value
+
+    def with_rows(old: torch.Tensor) -> torch.Tensor:
+        new = old.clone()
+        new[rows] = rotation.apply(old[rows].movedim(0, -1)).movedim(-1, 0)
+        return new
+
+    put(linear, "weight", with_rows(linear.weight))
+    if linear.bias is not None:
+        put(linear, "bias", with_rows(linear.bias))
+    put(block, "w_uk", rotation.apply(w_uk))
+    put(block, "w_uv", rotation.apply(w_uv.transpose(1, 2)).transpose(1, 2))
+    try:
+        yield
+    finally:
+        for owner, name, value in changed:
+            owner.get_parameter(name).data = value
+
+
+class _Errors:
+    """Sums of squares by layer, format and rotation."""
+
+    def __init__(
+        self,
+        config: MlaConfig,
+        formats: Sequence[str],
+        rotations: Sequence[dict[str, LatentRotation | None]],
+    ) -> None:
+        self.config, self.formats, self.rotations = config, formats, rotations
+        shape = (config.num_hidden_layers, len(formats), len(rotations[0]))
+        self.latent, self.output = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+        self.latent_total, self.output_total = (
+            torch.zeros(shape[0], dtype=torch.float64) for _ in range(2)
+        )
+
+    def add(
+        self, run: WindowRun, layer: int, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        normed = run.normed(layer, x, residual)
+        expected = run.attend(layer, normed, EXACT)
+        self.output_total[layer] += _squares(expected)
+        self.latent_total[layer] += _squares(run.latents(layer, normed)[0])
+        for place, rotation in enumerate(self.rotations[layer].values()):
+            with rotated(run.attention(layer), rotation):
+                c_kv, k_pe = run.latents(layer, normed)
+                for index, name in enumerate(self.formats):
+                    record = cache_record(name)
+                    stored = [part.unsqueeze(0) for part in record.encode(c_kv, k_pe)]
+                    restored, _ = record.decode(stored, torch.float32)
+                    self.latent[layer, index, place] += _squares(restored[0] - c_kv)
+                    found = run.attend(layer, normed, name)
+                    self.output[layer, index, place] += _squares(found - expected)
+
+    def decide(self) -> list[list[str]]:
+        """The best rotation of each layer and format."""
+        names = list(self.rotations[0])
+        return [[names[place] for place in layer] for layer in self.output.argmin(-1).tolist()]
+
+    def choice(self, layer: int, index: int, rotation: str, kl: float | None) -> CacheChoice:
+        sizes = self.config.kv_lora_rank, self.config.qk_rope_head_dim
+        noise = self.output[layer, index] / self.output_total[layer]
+        ratio = self.latent_total[layer] / self.latent[layer, index].clamp_min(1e-30)
+        names = list(self.rotations[layer])
+        return CacheChoice(
+            format=self.formats[index],
+            bytes=cache_record(self.formats[index]).bytes_per_token(*sizes),
+            rotation=rotation,
+            sqnr_db=dict(zip(names, (10 * ratio.log10()).tolist(), strict=True)),
+            output_error=dict(zip(names, noise.sqrt().tolist(), strict=True)),
+            kl=kl,
+        )
+
+
+def _squares(x: torch.Tensor) -> float:
+    return float(x.double().square().sum())
+
+
+def _divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """KL(expected || found), summed over positions."""
+    gap = (expected.exp() * (expected - found)).sum(-1)
+    return float(gap.clamp_min(0).double().sum())

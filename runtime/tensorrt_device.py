@@ -1,0 +1,168 @@
+"""TensorRT and CUDA: the only place of the runtime that imports them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from mla_deploy.bundle import Bundle, EngineInfo, TensorRtInfo
+from mla_deploy.errors import BundleError, UsageError
+from mla_deploy.gpu import gpu_target
+from mla_deploy.runtime.tensorrt_rows import Array
+
+
+def engine_for(info: TensorRtInfo, path: str, target: str | None) -> EngineInfo:
+    """The engine for this machine's GPU.
+
+    Raises:
+        UsageError: there is no GPU.
+        BundleError: the bundle has no engine for it.
+    """
+    if not info.engines:
+        raise BundleError(
+            f"{path} holds the graph, and no engine yet",
+            hint=f"build one: mla-deploy export {path} -o BUNDLE --to tensorrt --target "
+            f"{target or 'smNN'}",
+        )
+    if target is None:
+        raise UsageError(
+            "a TensorRT bundle needs an NVIDIA GPU and its driver",
+            found="none",
+            hint="export with --to onnx to run on the CPU",
+        )
+    for engine in info.engines:
+        if engine.target == target:
+            return engine
+    raise BundleError(
+        f"{path} has no engine for this GPU",
+        found=target,
+        allowed=", ".join(engine.target for engine in info.engines),
+        hint=f"build one: mla-deploy export MODEL -o BUNDLE --to tensorrt --target {target}",
+    )
+
+
+def check_version(info: TensorRtInfo, path: str, target: str, installed: str) -> None:
+    """Raise a BundleError unless this TensorRT is the one that built the engines."""
+    if installed != info.version:
+        raise BundleError(
+            f"the engines of {path} were built by another TensorRT",
+            found=f"{info.module} {installed}",
+            allowed=f"{info.module} {info.version}",
+            hint=f"build them again: mla-deploy export MODEL -o BUNDLE --to tensorrt --target "
+            f"{target}; or install {info.module}=={info.version}",
+        )
+
+
+def open_engine(bundle: Bundle) -> tuple[CudaDevice, TensorRtExecution]:
+    """The engine of a bundle on this machine's GPU.
+
+    Raises:
+        UsageError: no GPU, or TensorRT or cuda-python is not installed.
+        BundleError: no engine for this GPU and this TensorRT, or it cannot be loaded.
+    """
+    info = bundle.manifest.tensorrt
+    assert info is not None
+    entry = engine_for(info, str(bundle.path), gpu_target())
+    trt = _import(info.module, "pip install 'mla-deploy[tensorrt]', or take JetPack's TensorRT")
+    check_version(info, str(bundle.path), entry.target, trt.__version__)
+    device = CudaDevice()
+    try:
+        return device, TensorRtExecution(trt, bundle, entry, device.stream)
+    except BaseException:
+        device.close()
+        raise
+
+
+class TensorRtExecution:
+    """An engine and its context; `tensorrt_graph.Execution`."""
+
+    def __init__(self, trt: Any, bundle: Bundle, entry: EngineInfo, stream: int) -> None:
+        self._stream = stream
+        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        data = bundle.file(entry.path).read_bytes()
+        self._engine = self._runtime.deserialize_cuda_engine(data)
+        self._context: Any = self._engine and self._engine.create_execution_context()
+        if self._context is None:
+            raise BundleError(
+                f"TensorRT cannot load {bundle.file(entry.path)}",
+                found="no engine, or too little GPU memory",
+                hint="close other programs, or build the engine again on this machine",
+            )
+
+    def use_profile(self, index: int) -> None:
+        self._check(self._context.set_optimization_profile_async(index, self._stream), "a profile")
+
+    def set_shape(self, name: str, shape: Sequence[int]) -> None:
+        self._check(self._context.set_input_shape(name, tuple(shape)), f"{name} as {shape}")
+
+    def set_address(self, name: str, address: int) -> None:
+        self._check(self._context.set_tensor_address(name, address), f"an address of {name}")
+
+    def run(self) -> None:
+        self._check(self._context.execute_async_v3(self._stream), "a step")
+
+    def close(self) -> None:
+        self._context = self._engine = self._runtime = None
+
+    def _check(self, done: bool, what: str) -> None:
+        if not done:
+            raise BundleError(f"the engine refuses {what}", hint="export the model again")
+
+
+class CudaDevice:
+    """CUDA's runtime through cuda-python; `tensorrt_rows.Device`."""
+
+    def __init__(self) -> None:
+        self._cuda = _import("cuda.bindings.runtime", "pip install cuda-python")
+        self._memory: list[int] = []
+        self.stream = int(self._call("cudaStreamCreate"))
+
+    def allocate(self, size: int) -> int:
+        address = int(self._call("cudaMalloc", size))
+        self._memory.append(address)
+        self._call("cudaMemsetAsync", address, 0, size, self.stream)
+        return address
+
+    def upload(self, address: int, array: Array) -> None:
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        source = array.ctypes.data
+        self._call("cudaMemcpyAsync", address, source, array.nbytes, kind, self.stream)
+
+    def download(self, address: int, array: Array) -> None:
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self.stream)
+        self._call("cudaStreamSynchronize", self.stream)
+
+    def copy_rows(
+        self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, height: int
+    ) -> None:
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        arguments = (to, to_pitch, source, source_pitch, width, height, kind, self.stream)
+        self._call("cudaMemcpy2DAsync", *arguments)
+
+    def close(self) -> None:
+        self._call("cudaStreamSynchronize", self.stream)
+        for address in self._memory:
+            self._call("cudaFree", address)
+        self._memory.clear()
+        self._call("cudaStreamDestroy", self.stream)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """A function of CUDA's runtime; raises what it reports."""
+        status, *values = getattr(self._cuda, name)(*arguments)
+        if status != self._cuda.cudaError_t.cudaSuccess:
+            _, text = self._cuda.cudaGetErrorString(status)
+            raise UsageError(
+                f"CUDA refuses {name}",
+                found=text.decode() if isinstance(text, bytes) else text,
+                hint="if memory is short, load the bundle with a smaller max_tokens",
+            )
+        return values[0] if values else None
+
+
+def _import(module: str, hint: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UsageError(f"{module} is not installed", hint=hint) from None

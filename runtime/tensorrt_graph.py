@@ -1,0 +1,142 @@
+"""One step of a TensorRT engine: shapes, addresses, chunks. Knows neither TensorRT nor CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mla_deploy.bundle import Manifest, ProfileInfo
+from mla_deploy.errors import SessionError
+from mla_deploy.runtime.tensorrt_rows import Device, RowCache
+
+Logits = npt.NDArray[np.float32]
+
+
+class Execution(Protocol):
+    """An engine with its two profiles."""
+
+    def use_profile(self, index: int) -> None:
+        """Choose the profile of the steps that follow."""
+
+    def set_shape(self, name: str, shape: Sequence[int]) -> None:
+        """The shape of an input."""
+
+    def set_address(self, name: str, address: int) -> None:
+        """Where an input or output lies on the GPU."""
+
+    def run(self) -> None:
+        """Put the step on the device's stream."""
+
+    def close(self) -> None:
+        """Free the engine."""
+
+
+class TensorRtGraph:
+    """Feeds an engine.
+
+    Attributes:
+        capacity: tokens that the cache of a session holds.
+    """
+
+    def __init__(
+        self, manifest: Manifest, device: Device, execution: Execution, max_tokens: int | None
+    ) -> None:
+        assert manifest.tensorrt is not None
+        self._profiles: list[ProfileInfo] = manifest.tensorrt.profiles
+        self._device, self._execution = device, execution
+        self._vocab_size = manifest.model.vocab_size
+        self._page = manifest.cache.page_tokens
+        self._parts = [
+            (f"cache.{layer}.{part.name}", int(np.prod(part.page_shape[1:])))
+            for layer, cache in enumerate(manifest.cache.layers)
+            for part in cache.parts
+        ]
+        most = self._profiles[0].rows[2]
+        wanted = most if max_tokens is None else -(-max_tokens // self._page) * self._page
+        self.capacity = min(most, wanted)
+        self._chunk, self._most_logits = self._profiles[1].tokens[2], self._profiles[1].logits[2]
+        self._cache = RowCache(device, manifest.cache, self.capacity, self._chunk)
+        self.bytes_per_token = self._cache.bytes_per_token
+        self._ids = device.allocate(8 * self._chunk)
+        self._past = device.allocate(8)
+        self._index = device.allocate(8 * self._most_logits)
+        self._logits = device.allocate(4 * self._most_logits * self._vocab_size)
+        self._profile = -1
+        self._addresses = self._cache.addresses() | {
+            "input_ids": self._ids,
+            "past_lengths": self._past,
+            "logit_index": self._index,
+            "logits": self._logits,
+        }
+
+    def append(self, ids: Sequence[int], past: int, wanted: Sequence[int]) -> Logits:
+        """Append tokens behind the first `past` of the cache.
+
+        Args:
+            wanted: positions in `ids`, rising, whose logits are wanted.
+
+        Returns:
+            logits [len(wanted), vocab_size].
+
+        Raises:
+            SessionError: the cache has no room for them.
+        """
+        if past + len(ids) > self.capacity:
+            raise SessionError(
+                "the cache is full",
+                found=f"{len(ids)} new tokens after {past}",
+                allowed=f"{self.capacity} together",
+                hint="export with a larger --max-tokens, or rewind the session",
+            )
+        result = np.empty((len(wanted), self._vocab_size), dtype=np.float32)
+        start, filled = 0, 0
+        while start < len(ids):
+            count = min(self._chunk, len(ids) - start)
+            here = [at - start for at in wanted[filled:] if at < start + count]
+            if len(here) > self._most_logits:  # a shorter step, so that all its logits fit
+                here = here[: self._most_logits]
+                count = here[-1] + 1
+            rows = self._step(ids[start : start + count], past + start, here)
+            result[filled : filled + len(here)] = rows[: len(here)]
+            start, filled = start + count, filled + len(here)
+        return result
+
+    def _step(self, ids: Sequence[int], past: int, wanted: Sequence[int]) -> Logits:
+        """One run of the engine. At least one row of logits comes, also if none is wanted."""
+        index = list(wanted) or [len(ids) - 1]
+        profile = 0 if len(ids) == 1 else 1
+        if profile != self._profile:
+            self._execution.use_profile(profile)
+            for name, address in self._addresses.items():
+                self._execution.set_address(name, address)
+            self._profile = profile
+        for name, address, values in (
+            ("input_ids", self._ids, ids),
+            ("past_lengths", self._past, [past]),
+            ("logit_index", self._index, index),
+        ):
+            array = np.array(values, dtype=np.int64)
+            self._device.upload(address, array)
+            shape = (1,) if name == "past_lengths" else (1, len(array))
+            self._execution.set_shape(name, shape)
+        # Whole pages, so that shapes seldom change.
+        rows = -(-(past + len(ids)) // self._page) * self._page
+        for name, width in self._parts:
+            self._execution.set_shape(name, (1, rows, width))
+        self._execution.run()
+        self._cache.append(past, len(ids))
+        logits = np.empty((len(index), self._vocab_size), dtype=np.float32)
+        self._device.download(self._logits, logits)
+        return logits
+
+    def repeat(self, whole: int, length: int) -> None:
+        """Fill the cache up to `length` tokens with copies of the first `whole`."""
+        self._cache.repeat(whole, length)
+
+    def close(self) -> None:
+        """Free the engine and all memory."""
+        self._execution.close()
+        self._device.close()

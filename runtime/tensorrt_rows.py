@@ -1,0 +1,140 @@
+"""The cache of a TensorRT engine: rows a token, for one session at a time in GPU memory.
+
+Every part of every layer is [tokens, width], the layers of a part behind each other, so that the
+rows of new tokens, which the engine writes to a staging area of the same form, go to their place in
+one strided copy a part:
+
+    arena of a part    [layers, capacity, width]
+    staging of a part  [layers, chunk, width], each layer at a multiple of 256 bytes, as TensorRT
+                       wants addresses; that is also why it does not write into the arena itself
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mla_deploy.bundle import CacheInfo
+
+ALIGNMENT = 256
+"""Of addresses given to TensorRT."""
+
+Array = npt.NDArray[np.generic]
+
+
+class Device(Protocol):
+    """Memory of the GPU, and a stream on which all work is done in order."""
+
+    stream: int
+
+    def allocate(self, size: int) -> int:
+        """The address of so many bytes, zeroed. Freed with the device."""
+
+    def upload(self, address: int, array: Array) -> None:
+        """Copy an array to the GPU."""
+
+    def download(self, address: int, array: Array) -> None:
+        """Copy from the GPU into an array, and wait for all work before it."""
+
+    def copy_rows(
+        self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, height: int
+    ) -> None:
+        """Copy `height` lines of `width` bytes, on the GPU."""
+
+    def close(self) -> None:
+        """Free everything."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One part of the cache in all layers that have it."""
+
+    name: str
+    row_bytes: int
+    layers: tuple[int, ...]
+    arena: int
+    arena_pitch: int
+    staging: int
+    staging_pitch: int
+
+
+class RowCache:
+    """Arena and staging area of all parts.
+
+    Attributes:
+        bytes_per_token: in all layers.
+    """
+
+    def __init__(self, device: Device, cache: CacheInfo, capacity: int, chunk: int) -> None:
+        """
+        Args:
+            capacity: rows of the arena.
+            chunk: new rows of a step at most.
+        """
+        self._device = device
+        layers: dict[tuple[str, int], list[int]] = {}
+        for index, layer in enumerate(cache.layers):
+            for part in layer.parts:
+                width = math.prod(part.page_shape[1:]) * np.dtype(part.dtype).itemsize
+                layers.setdefault((part.name, width), []).append(index)
+        self._parts = [
+            self._part(name, width, tuple(where), capacity, chunk)
+            for (name, width), where in layers.items()
+        ]
+        self.bytes_per_token = sum(part.row_bytes * len(part.layers) for part in self._parts)
+
+    def _part(
+        self, name: str, row_bytes: int, layers: tuple[int, ...], capacity: int, chunk: int
+    ) -> _Part:
+        arena_pitch, staging_pitch = (_aligned(rows * row_bytes) for rows in (capacity, chunk))
+        return _Part(
+            name=name,
+            row_bytes=row_bytes,
+            layers=layers,
+            arena=self._device.allocate(arena_pitch * len(layers)),
+            arena_pitch=arena_pitch,
+            staging=self._device.allocate(staging_pitch * len(layers)),
+            staging_pitch=staging_pitch,
+        )
+
+    def addresses(self) -> dict[str, int]:
+        """Where the engine reads and writes, by the names of its inputs and outputs."""
+        found = {}
+        for part in self._parts:
+            for line, layer in enumerate(part.layers):
+                found[f"cache.{layer}.{part.name}"] = part.arena + line * part.arena_pitch
+                found[f"new.{layer}.{part.name}"] = part.staging + line * part.staging_pitch
+        return found
+
+    def append(self, past: int, count: int) -> None:
+        """Copy the first `count` rows of the staging area behind the first `past` of the arena."""
+        for part in self._parts:
+            self._device.copy_rows(
+                part.arena + past * part.row_bytes,
+                part.arena_pitch,
+                part.staging,
+                part.staging_pitch,
+                count * part.row_bytes,
+                len(part.layers),
+            )
+
+    def repeat(self, whole: int, length: int) -> None:
+        """Fill up to `length` rows with copies of the first `whole`."""
+        for part in self._parts:
+            for start in range(whole, length, whole):
+                self._device.copy_rows(
+                    part.arena + start * part.row_bytes,
+                    part.arena_pitch,
+                    part.arena,
+                    part.arena_pitch,
+                    min(whole, length - start) * part.row_bytes,
+                    len(part.layers),
+                )
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
