@@ -326,7 +326,7 @@ class WindowRun:
     def latents(self, layer: int, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the layer's cache is given: c_kv [S, rank], k_pe [S, rope]."""
         block = self.attention(layer)
-        kv = block.qkv_a_proj(normed).split(block.split, dim=-1)[1]
+        _, kv = block.project(normed)
         cos, sin, *_ = self._frame
         rank = self.config.kv_lora_rank
         c_kv, k_pe = attention.new_latents(kv, cos, sin, rank, block.latent_norm_epsilon)
@@ -349,24 +349,23 @@ def rotated(block: LatentAttention, rotation: LatentRotation | None) -> Iterator
     if rotation is None:
         yield
         return
-    linear = block.qkv_a_proj
     w_uk, w_uv = block.get_parameter("w_uk").data, block.get_parameter("w_uv").data
     rank = w_uk.shape[2]
-    rows = slice(block.split[0], block.split[0] + rank)
     changed: list[tuple[nn.Module, str, torch.Tensor]] = []
 
     def put(owner: nn.Module, name: str, value: torch.Tensor) -> None:
         changed.append((owner, name, owner.get_parameter(name).data))
         owner.get_parameter(name).data = value
 
-    def with_rows(old: torch.Tensor) -> torch.Tensor:
-        new = old.clone()
+    def with_rows(old: torch.Tensor, first: int) -> torch.Tensor:
+        new, rows = old.clone(), slice(first, first + rank)
         new[rows] = rotation.apply(old[rows].movedim(0, -1)).movedim(-1, 0)
         return new
 
-    put(linear, "weight", with_rows(linear.weight))
-    if linear.bias is not None:
-        put(linear, "bias", with_rows(linear.bias))
+    for _, linear, first in block.latent_writers():
+        put(linear, "weight", with_rows(linear.weight, first))
+        if linear.bias is not None:
+            put(linear, "bias", with_rows(linear.bias, first))
     put(block, "w_uk", rotation.apply(w_uk))
     put(block, "w_uv", rotation.apply(w_uv.transpose(1, 2)).transpose(1, 2))
     try:

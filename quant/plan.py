@@ -220,8 +220,9 @@ def _transforms(
         yield up.kv_b_proj.name, fold_b
         if rotation is not None:
             fold_a = functools.partial(fold_kv_a, rank=rank, rotation=rotation)
-            for leaf in ("weight", "bias"):
-                yield f"{prefix}kv_a_proj_with_mqa.{leaf}", fold_a
+            for name, _, _ in module.latent_writers():
+                for leaf in ("weight", "bias"):
+                    yield f"{prefix}{name}.{leaf}", fold_a
 
 
 def _table_dtype(

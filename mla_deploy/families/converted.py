@@ -88,6 +88,15 @@ class ConvertedAttention(LatentAttention):
             x, angle.cos(), angle.sin(), block_table, past_lengths, new_lengths, cache
         )
 
+    def latent_writers(self) -> tuple[tuple[str, Linear, int], ...]:
+        if self.groups is None:
+            return super().latent_writers()
+        q_rows, k_rows, _ = self.split_all
+        return (
+            ("kv_a_proj_with_mqa", self.qkv_a_proj, q_rows + k_rows),
+            ("k_latent_proj", self.k_latent_proj, 0),
+        )
+
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.groups is None:
             return super().project(x)

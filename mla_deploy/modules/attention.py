@@ -95,6 +95,14 @@ class LatentAttention(Block):
         )
         return self.o_proj(output), cache
 
+    def latent_writers(self) -> tuple[tuple[str, Linear, int], ...]:
+        """What adds up to the latent and must meet a change of its basis.
+
+        Each by its name in the checkpoint, the layer, and the row there at which its kv_lora_rank
+        rows begin; in the checkpoint they come first.
+        """
+        return (("kv_a_proj_with_mqa", self.qkv_a_proj, self.split[0]),)
+
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`q` and `kv` of `ops.latent_attention`. Shapes: x [B, S, hidden]."""
         q, kv = self.qkv_a_proj(x).split(self.split, dim=-1)

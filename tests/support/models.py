@@ -44,7 +44,9 @@ YOUTU_KEYS = set(YoutuConfig().to_dict()) | {"attn_implementation"}
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
-def random_model(family: str, *, moe: bool, yarn: bool, q_lora: bool, **changes: Any) -> Any:
+def random_model(
+    family: str, *, moe: bool, yarn: bool, q_lora: bool, sharpness: float = 2.0, **changes: Any
+) -> Any:
     """A random model of two to three layers in float32, of the family that a model_type names."""
     settings: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -83,12 +85,12 @@ def random_model(family: str, *, moe: bool, yarn: bool, q_lora: bool, **changes:
         settings = {name: value for name, value in settings.items() if name in YOUTU_KEYS}
     config_class, model_class = CLASSES[family]
     model = model_class(config_class(**settings)).eval()
-    randomize(model)
+    randomize(model, sharpness)
     return model
 
 
 @torch.no_grad()
-def randomize(model: PreTrainedModel) -> None:
+def randomize(model: PreTrainedModel, sharpness: float = 2.0) -> None:
     """Weights that preserve variance, sharp attention, norms that are not one."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in tensors:
@@ -99,7 +101,7 @@ def randomize(model: PreTrainedModel) -> None:
         elif "e_score_correction_bias" in name:
             tensor.normal_(std=0.1)
         else:
-            gain = 2.0 if any(part in name for part in ("q_proj", "q_b_proj", "kv_")) else 1.0
+            gain = sharpness if any(part in name for part in ("q_proj", "q_b_proj", "kv_")) else 1.0
             tensor.normal_(std=gain / tensor.shape[-1] ** 0.5)
 
 
