@@ -125,7 +125,7 @@ double relative_error(const std::vector<float>& found, const std::vector<float>&
 }
 
 // Integers and roundings are the same in all NEON kernels, however they multiply.
-bool is_neon(Isa isa) { return isa >= Isa::kNeon && isa <= Isa::kNeonDotprod; }
+bool is_neon(Isa isa) { return isa >= Isa::kNeon && isa <= Isa::kNeonI8mm; }
 
 bool same_bits(const std::vector<float>& x, const std::vector<float>& y) {
     return x.size() == y.size() && std::memcmp(x.data(), y.data(), x.size() * sizeof(float)) == 0;
@@ -133,7 +133,7 @@ bool same_bits(const std::vector<float>& x, const std::vector<float>& y) {
 
 std::vector<Isa> isas_here() {
     std::vector<Isa> found;
-    for (int i = static_cast<int>(Isa::kAvx2); i <= static_cast<int>(Isa::kNeonDotprod); ++i) {
+    for (int i = static_cast<int>(Isa::kAvx2); i <= static_cast<int>(Isa::kNeonI8mm); ++i) {
         Isa isa;
         if (resolve_isa(static_cast<Isa>(i), &isa) == Status::kOk) found.push_back(isa);
     }
