@@ -66,7 +66,7 @@ def emulate(cpu: str, root: Path, program: Path, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("cpu", "isas"), [("cortex-a72", {"neon"}), ("max", {"neon", "neon_dotprod"})]
+    ("cpu", "isas"), [("cortex-a72", {"neon"}), ("max", {"neon", "neon_dotprod", "neon_i8mm"})]
 )
 def test_neon_agrees_with_the_portable_kernels(cpu: str, isas: set[str], root: Path) -> None:
     output = emulate(cpu, root, cross_build() / "cpu_attention_compare")

@@ -104,7 +104,7 @@ def test_an_instruction_set_that_is_unknown_or_missing() -> None:
     [
         ("portable", ""),
         ("sse9", "MLA_CPU_ISA='sse9' names no instruction set; known: auto"),
-        ("neon_dotprod", r"(from MLA_CPU_ISA) is not available"),
+        ("neon_i8mm", r"(from MLA_CPU_ISA) is not available"),
     ],
 )
 def test_the_environment_forces_an_instruction_set(forced: str, message: str) -> None:

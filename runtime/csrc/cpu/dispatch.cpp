@@ -18,11 +18,11 @@ namespace {
 
 thread_local char error_text[512] = "";
 
-constexpr const char* kNames[] = {"auto",        "portable", "avx2", "avx2_vnni",
-                                  "avx512_vnni", "amx",      "neon", "neon_dotprod"};
+constexpr const char* kNames[] = {"auto", "portable", "avx2",         "avx2_vnni", "avx512_vnni",
+                                  "amx",  "neon",     "neon_dotprod", "neon_i8mm"};
 constexpr int kIsaCount = sizeof(kNames) / sizeof(kNames[0]);
 constexpr const char* kNameList =
-    "auto, portable, avx2, avx2_vnni, avx512_vnni, amx, neon, neon_dotprod";
+    "auto, portable, avx2, avx2_vnni, avx512_vnni, amx, neon, neon_dotprod, neon_i8mm";
 
 // Linux gives a process the tile registers only when it asks.
 bool tiles_granted() {
@@ -55,6 +55,8 @@ bool works_here(Isa isa) {
             return f.neon;
         case Isa::kNeonDotprod:
             return f.neon && f.dotprod;
+        case Isa::kNeonI8mm:
+            return f.neon && f.dotprod && f.i8mm;
         default:
             return false;
     }
@@ -63,7 +65,7 @@ bool works_here(Isa isa) {
 Isa fastest() {
     static const Isa found = [] {
         for (const Isa isa : {Isa::kAmx, Isa::kAvx512Vnni, Isa::kAvx2Vnni, Isa::kAvx2,
-                              Isa::kNeonDotprod, Isa::kNeon})
+                              Isa::kNeonI8mm, Isa::kNeonDotprod, Isa::kNeon})
             if (works_here(isa)) return isa;
         return Isa::kPortable;
     }();
@@ -138,6 +140,8 @@ const KernelTable* kernels_of(Isa isa) {
             return neon_kernels();
         case Isa::kNeonDotprod:
             return neon_dotprod_kernels();
+        case Isa::kNeonI8mm:
+            return neon_i8mm_kernels();
 #endif
         default:
             return nullptr;

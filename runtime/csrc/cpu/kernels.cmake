@@ -34,6 +34,7 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
     target_compile_definitions(mla_cpu PRIVATE MLA_CPU_ARM)
     mla_add_isa(isa_neon.cpp)
     mla_add_isa(isa_neon_dotprod.cpp -march=armv8.2-a+dotprod)
+    mla_add_isa(isa_neon_i8mm.cpp -march=armv8.2-a+dotprod+i8mm)
 endif()
 
 # Built only when asked for: ninja cpu_attention_benchmark.

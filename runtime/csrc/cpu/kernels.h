@@ -132,5 +132,6 @@ const KernelTable* avx512_kernels();
 const KernelTable* amx_kernels();
 const KernelTable* neon_kernels();
 const KernelTable* neon_dotprod_kernels();
+const KernelTable* neon_i8mm_kernels();
 
 }  // namespace mla::cpu

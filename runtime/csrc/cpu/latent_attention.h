@@ -42,9 +42,11 @@ enum class Isa : int {
     kAmx,         // avx512_vnni with int8 and bf16 tiles
     kNeon,        // any aarch64
     kNeonDotprod,
+    kNeonI8mm,  // with dotprod
 };
 
-// "auto", "portable", "avx2", "avx2_vnni", "avx512_vnni", "amx", "neon", "neon_dotprod".
+// "auto", "portable", "avx2", "avx2_vnni", "avx512_vnni", "amx", "neon", "neon_dotprod",
+// "neon_i8mm".
 const char* isa_name(Isa isa);
 
 // The inverse; kUnknownIsa lists the names. `name` is read during the call only.

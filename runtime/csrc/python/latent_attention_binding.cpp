@@ -206,7 +206,7 @@ void bind_latent_attention(nb::module_& m) {
         "cpu_isas",
         [] {
             nb::list names;
-            for (int i = 1; i <= static_cast<int>(Isa::kNeonDotprod); ++i) {
+            for (int i = 1; i <= static_cast<int>(Isa::kNeonI8mm); ++i) {
                 Isa resolved;
                 if (resolve_isa(static_cast<Isa>(i), &resolved) == Status::kOk)
                     names.append(isa_name(resolved));

@@ -2,16 +2,21 @@
 // quant_state.h.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/kernels.h"
 #include "cpu/simd/quant_state.h"
 
 namespace mla::cpu {
 namespace {
 
-template <class X>
+// Own: a dot that derives from this one with tiles, and an order of the lines' bytes, of its own
+// (i8mm_dot.h).
+template <class X, class Own = void>
 struct QuantDot : QuantState<X> {
     using F = typename X::F;
     using I = typename X::I;
+    using Self = std::conditional_t<std::is_void_v<Own>, QuantDot, Own>;
 
     template <int P, int R, int C>
     static void clear(I (&sums)[P][R][C]) {
@@ -106,15 +111,29 @@ struct QuantDot : QuantState<X> {
                 add_pairs(sums, pairs);
             }
         }
+        fold_scores(sums, g, row, scores);
+    }
+
+    // The first plane's sums are the high ones.
+    template <int Planes>
+    static I join_planes(const I& first, const I& last) {
+        if constexpr (Planes == 1)
+            return first;
+        else
+            return X::add_dwords(X::template shift_left_dwords<7>(first), last);
+    }
+
+    // scores += the group's sums in the units of their tokens and rows.
+    template <int R, int T, int Planes>
+    [[gnu::always_inline]] static void fold_scores(const I (&sums)[Planes][R][T],
+                                                   const ScoreGroup& g, int row, float* scores) {
 #pragma GCC unroll 2
         for (int t = 0; t < T; ++t) {
             const F scale = X::load(g.scale + 16 * t);
             const F zero = g.zero ? X::load(g.zero + 16 * t) : X::set(0);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                I sum = sums[0][r][t];
-                if constexpr (Planes == 2)
-                    sum = X::add_dwords(X::template shift_left_dwords<7>(sum), sums[1][r][t]);
+                const I sum = join_planes<Planes>(sums[0][r][t], sums[Planes - 1][r][t]);
                 float* score = scores + r * kPageTokens + 16 * t;
                 const int64_t at = (row + r) * g.row_stride;
                 F x = X::load(score);
@@ -130,7 +149,7 @@ struct QuantDot : QuantState<X> {
         if constexpr (R > 1) {
             if (rows < R) return score_rows<R - 1, T, Planes, Nibbles>(g, rows, row, scores);
         }
-        score_tile<R, T, Planes, Nibbles>(g, row, scores);
+        Self::template score_tile<R, T, Planes, Nibbles>(g, row, scores);
     }
 
     // scores: of the group's first token.
@@ -202,15 +221,16 @@ struct QuantDot : QuantState<X> {
     }
     static void end() {}
 
-    static void score_rope(const QuantRows& rows, const QuantPage& page, const Buffers& b) {
+    static void score_rope(const QuantRows& rows, const QuantPage& page, uint8_t* scratch) {
         const Record& record = *page.record;
+        const Buffers b = lay_out(scratch, record, rows.rows);
         constexpr int T = X::kScoreBlocks;
         const int lines = record.rope / 4;
         for (int block = 0; block < kBlocks; block += T) {
             for (int t = 0; t < T; ++t)
-                flip_lines(reinterpret_cast<const uint8_t*>(page.view.pe_codes) +
-                               int64_t{block + t} * lines * kLine,
-                           lines, b.lines + int64_t{t} * lines * kLine);
+                Self::flip_lines(reinterpret_cast<const uint8_t*>(page.view.pe_codes) +
+                                     int64_t{block + t} * lines * kLine,
+                                 lines, b.lines + int64_t{t} * lines * kLine);
             for (int g = 0; g < record.rope_groups; ++g) {
                 const int at = g * kPageTokens + block * kBlockTokens;
                 const int first = g * record.rope_group;
@@ -235,14 +255,14 @@ struct QuantDot : QuantState<X> {
         constexpr int T = X::kScoreBlocks;
         const int lines = lines_per_group(record);
         for (int i = 0; i < rows.rows * kPageTokens; i += 16) X::store(rows.scores + i, X::set(0));
-        score_rope(rows, page, b);
+        Self::score_rope(rows, page, scratch);
         const int64_t block_bytes = int64_t{record.groups} * lines * kLine;
         const int64_t unpacked = int64_t{record.group} / 4 * kLine;
         for (int block = 0; block < kBlocks; block += T)
             for (int g = 0; g < record.groups; ++g) {
                 page.ahead->template fetch<X>(T * lines);
                 for (int t = 0; t < T; ++t)
-                    unpack_group(
+                    Self::unpack_group(
                         record,
                         page.view.codes + (block + t) * block_bytes + int64_t{g} * lines * kLine,
                         b.lines + t * unpacked);
@@ -264,6 +284,9 @@ struct QuantDot : QuantState<X> {
 
     // ---- values -----------------------------------------------------------------------------
 
+    // Four lines of 16 tokens x 4 columns to four lines of 16 columns x 4 tokens.
+    static void transpose_quads(I (&x)[4]) { X::transpose_quads(x); }
+
     // One group of a page as [16 token quads][group / 16][16 columns][4 tokens] signed bytes.
     static void transpose_group(const Record& record, const uint8_t* codes, int g, uint8_t* to) {
         const bool int4 = record.format == CacheFormat::kInt4;
@@ -276,7 +299,7 @@ struct QuantDot : QuantState<X> {
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; ++i)
                     x[i] = X::load(static_cast<const void*>(from + (k + i) * kLine));
-                X::transpose_quads(x);
+                Self::transpose_quads(x);
                 uint8_t* at = to + (int64_t{block} * 4 * columns + k / 4 * (int4 ? 2 : 1)) * kLine;
 #pragma GCC unroll 4
                 for (int q = 0; q < 4; ++q, at += columns * kLine) {
@@ -351,13 +374,18 @@ struct QuantDot : QuantState<X> {
                 add_pairs(sums, pairs);
             }
         }
+        fold_values(sums, factor, o, o_stride);
+    }
+
+    template <int R, int C, int Planes>
+    [[gnu::always_inline]] static void fold_values(const I (&sums)[Planes][R][C],
+                                                   const float* factor, float* o,
+                                                   int64_t o_stride) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
             for (int j = 0; j < C; ++j) {
-                I sum = sums[0][r][j];
-                if constexpr (Planes == 2)
-                    sum = X::add_dwords(X::template shift_left_dwords<7>(sum), sums[1][r][j]);
+                const I sum = join_planes<Planes>(sums[0][r][j], sums[Planes - 1][r][j]);
                 float* to = o + r * o_stride + 16 * j;
                 X::store(to, X::fma(X::to_float(sum), X::set(factor[r]), X::load(to)));
             }
@@ -373,11 +401,13 @@ struct QuantDot : QuantState<X> {
         }
         int j = 0;
         for (; j + C <= columns; j += C)
-            value_tile<R, C, Planes>(factor, o + 16 * j, o_stride, values + j * kLine,
-                                     int64_t{columns} * kLine, p, kPageTokens, plane_stride);
+            Self::template value_tile<R, C, Planes>(factor, o + 16 * j, o_stride,
+                                                    values + j * kLine, int64_t{columns} * kLine, p,
+                                                    kPageTokens, plane_stride);
         for (; j < columns; ++j)
-            value_tile<R, 1, Planes>(factor, o + 16 * j, o_stride, values + j * kLine,
-                                     int64_t{columns} * kLine, p, kPageTokens, plane_stride);
+            Self::template value_tile<R, 1, Planes>(factor, o + 16 * j, o_stride,
+                                                    values + j * kLine, int64_t{columns} * kLine, p,
+                                                    kPageTokens, plane_stride);
     }
 
     // What a sum of p_code * code is multiplied by, less rows.beta and page.largest.
