@@ -35,7 +35,10 @@ DECODE = [
     ("amx", "fp16", 16, 512),
     *(("avx512_vnni", "int4", heads, 512) for heads in (16, 32, 128)),
     ("avx2_vnni", "int4", 16, 512),
-    ("avx2", "int4", 16, 512),
+    *(("avx2", "int4", heads, 512) for heads in (16, 20, 32, 40, 128)),
+    ("avx2", "int4", 16, 256),
+    ("avx2", "int8", 16, 512),
+    ("avx2", "fp16", 16, 512),
 ]
 PREFILL = [(0, 512), (8192, 512)]
 
@@ -102,7 +105,7 @@ def decode_table(threads: int, quick: bool) -> None:
 def prefill_table(threads: int) -> None:
     print(f"\nprompts of new tokens after past ones, 16 heads, rank 512, int4, {threads} thread(s)")
     print("| isa | past | new | absorbed ms | expanded ms | append ms |\n|---|---|---|---|---|---|")
-    for isa in ("amx", "avx512_vnni", "avx2_vnni"):
+    for isa in ("amx", "avx512_vnni", "avx2_vnni", "avx2"):
         for past, new in PREFILL:
             shape = (isa, "int4", 16, 512, 64, past, new, threads)
             absorbed = measure("prefill", *shape, "absorbed")
