@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from mla_deploy.runtime import _runtime
 from mla_deploy.runtime.cancellation import Cancellation
+from mla_deploy.runtime.closing import Closing
 from mla_deploy.runtime.native import token_array
 from mla_deploy.runtime.options import GenerationOptions
 from mla_deploy.runtime.statistics import Statistics
@@ -58,7 +58,7 @@ class GenerationResult:
     statistics: Statistics
 
 
-class Generation(Iterator[Event]):
+class Generation(Closing, Iterator[Event]):
     """A generation under way: an iterator of events, made by `Engine.stream`.
 
     To leave early, stop asking for events: `close`, the end of a `with`, or dropping the object
@@ -79,17 +79,6 @@ class Generation(Iterator[Event]):
 
     def __next__(self) -> Event:
         return next(self._events)
-
-    def __enter__(self) -> Generation:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Make no more tokens."""

@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from mla_deploy.errors import SessionError
 from mla_deploy.runtime import _runtime
 from mla_deploy.runtime.cancellation import Cancellation
+from mla_deploy.runtime.closing import Closing
 from mla_deploy.runtime.native import Logits, token_array
 
 if TYPE_CHECKING:
     from mla_deploy.runtime.engine import Engine
 
 
-class Session:
+class Session(Closing):
     """One sequence: made by `Engine.session`, closed by `close` or at the end of a `with`.
 
     After an error a session holds the tokens it held before the call, and goes on working. Threads
@@ -28,17 +28,6 @@ class Session:
         """Use `Engine.session` or `fork`."""
         self.engine = engine
         self._core: _runtime.Session | None = core
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def core(self) -> _runtime.Session:

@@ -10,13 +10,13 @@ import functools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.errors import SessionError, UsageError
+from mla_deploy.runtime.closing import Closing
 from mla_deploy.runtime.generation import GenerationResult
 from mla_deploy.runtime.options import GenerationOptions
 from mla_deploy.runtime.tensorrt_device import open_engine
@@ -183,24 +183,13 @@ class TensorRtEngine:
         self._graph.close()
 
 
-class TensorRtSession:
+class TensorRtSession(Closing):
     """The sequence in the cache; methods as those of `Session`."""
 
     def __init__(self, engine: TensorRtEngine) -> None:
         self.engine = engine
         self._tokens: list[int] = []
         self._closed = False
-
-    def __enter__(self) -> TensorRtSession:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def length(self) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator
-from types import TracebackType
 from typing import TYPE_CHECKING
 
+from mla_deploy.runtime.closing import Closing
 from mla_deploy.runtime.generation import Event, FinishReason, GenerationResult
 from mla_deploy.runtime.options import GenerationOptions
 from mla_deploy.runtime.sampling import Sampler
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mla_deploy.runtime.tensorrt import TensorRtEngine, TensorRtSession
 
 
-class TensorRtGeneration(Iterator[Event]):
+class TensorRtGeneration(Closing, Iterator[Event]):
     """A generation under way; methods as those of `Generation`."""
 
     def __init__(
@@ -40,17 +40,6 @@ class TensorRtGeneration(Iterator[Event]):
 
     def __next__(self) -> Event:
         return next(self._events)
-
-    def __enter__(self) -> TensorRtGeneration:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Make no more tokens."""
