@@ -129,6 +129,4 @@ def test_sessions_keep_their_tokens_whatever_is_called(toy) -> None:  # type: ig
         engine = toy.load(max_tokens=64 * PAGES, prefill_chunk=48)
         toy_logits = staticmethod(toy.logits)
 
-    run_state_machine_as_test(
-        Here, settings=settings(max_examples=30, deadline=None, derandomize=False)
-    )
+    run_state_machine_as_test(Here, settings=settings(max_examples=60, deadline=None))
