@@ -29,7 +29,7 @@ from transformers import (
 BOOKS = ("sherlock.txt", "wizard_of_oz.txt", "tinyshakespeare.txt")
 KEYS = """amber birch cedar delta ember flint grove heron ivory jade kelp lotus maple noble olive
 pearl quartz raven slate topaz umber violet willow zinc""".split()  # noqa: SIM905
-RECALLS = 12_000
+RECALLS = 16_000
 LONG_EVERY, LONG_FACTOR = 10, 8
 """Every tenth step has windows eight times as long, so that long positions are trained too."""
 WARMUP_STEPS, FINAL_RATE = 100, 0.05
@@ -94,26 +94,62 @@ def training_text(corpora: Path) -> str:
 
 
 def recall(generator: random.Random) -> str:
-    """A list of codes, and some of them asked for again."""
-    keys = generator.sample(KEYS, generator.randint(3, 10))
+    """A list of codes, and some of them asked for again; one list in eight is long."""
+    count = generator.randint(3, 10) if generator.random() < 7 / 8 else generator.randint(11, 120)
+    names = KEYS if count <= len(KEYS) else [f"{a}-{b}" for a in KEYS for b in KEYS if a != b]
+    keys = generator.sample(names, count)
     codes = {key: generator.randint(10, 99) for key in keys}
-    asked = generator.sample(keys, min(len(keys), 6))
+    asked = generator.sample(keys, min(count, 12))
     told = " ".join(f"{key} is {code};" for key, code in codes.items())
     return f"Codes: {told}" + "".join(f" {key} is {codes[key]};" for key in asked)
 
 
+class Muon(torch.optim.Optimizer):
+    """Steps along orthogonalised momentum (https://kellerjordan.github.io/posts/muon), in float32.
+
+    `torch.optim.Muon` computes in bfloat16, which takes forty times as long on a CPU without units
+    for it.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonal(p.grad.lerp(average, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                # 0.2 sqrt(larger side): about as large as a step of AdamW, so that one rate fits both.
+                p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """About U V^T of the singular value decomposition, by five steps of Newton and Schulz."""
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
 def train(model: Any, ids: torch.Tensor, args: argparse.Namespace) -> None:
-    """AdamW with a cosine schedule over the time given."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95))
+    """Muon for matrices and AdamW for the rest; a cosine schedule over the time given."""
+    embedding = model.get_input_embeddings().weight
+    matrices = [p for p in model.parameters() if p.dim() == 2 and p is not embedding]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": [embedding], "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizers = [
+        Muon(matrices, {"lr": args.rate, "weight_decay": 0.1, "momentum": 0.95}),
+        torch.optim.AdamW(groups, betas=(0.9, 0.95)),
+    ]
     generator = torch.Generator().manual_seed(1)
     start, step, tokens, mean_loss = time.monotonic(), 0, 0, math.nan
     while (part := (time.monotonic() - start) / (args.minutes * 60)) < 1:
         cosine = 0.5 * (1 + math.cos(math.pi * part)) * (1 - FINAL_RATE) + FINAL_RATE
-        for group in optimizer.param_groups:
-            group["lr"] = args.rate * min(1, (step + 1) / WARMUP_STEPS) * cosine
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = args.rate * min(1, (step + 1) / WARMUP_STEPS) * cosine
         is_long = step % LONG_EVERY == LONG_EVERY - 1
         length = args.window * (LONG_FACTOR if is_long else 1)
         batch = max(1, args.batch // (LONG_FACTOR if is_long else 1))
@@ -125,8 +161,9 @@ def train(model: Any, ids: torch.Tensor, args: argparse.Namespace) -> None:
             loss = model(input_ids=x, labels=x, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         step, tokens = step + 1, tokens + batch * length
         value = float(loss.detach())
         mean_loss = value if step == 1 else 0.98 * mean_loss + 0.02 * value
@@ -143,7 +180,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder to take it from")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=16, help="windows in a step")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--device", default="cpu")

@@ -237,6 +237,25 @@ def test_room_leaves_a_page_for_the_copy_of_a_shared_one(toy: Toy) -> None:
         fork.close()
 
 
+def test_a_refused_step_leaves_shared_pages_shared(toy: Toy) -> None:
+    engine = toy.load(max_tokens=64 * 3)
+    with engine.session() as session, engine.session() as other:
+        session.prefill([1, 2, 3])
+        fork = session.fork()
+        assert engine.free_tokens == 64 * 2
+        with pytest.raises(SessionError, match="full"):  # one page for the copy, one and one more
+            engine.step([(fork, [4] * 62), (other, [5])])
+        with pytest.raises(SessionError, match="full"):
+            fork.prefill([4] * (61 + 64 + 1))
+        assert engine.free_tokens == 64 * 2
+        engine.step([(fork, [4]), (session, [5])])  # two users of a page need one copy
+        assert engine.free_tokens == 64
+        engine.step([(other, [5])])
+        np.testing.assert_array_equal(session.decode(6), toy.logits([1, 2, 3, 5, 6]))
+        np.testing.assert_array_equal(fork.decode(6), toy.logits([1, 2, 3, 4, 6]))
+        fork.close()
+
+
 def test_the_models_context_is_a_limit(toy: Toy) -> None:
     engine = toy.load(max_tokens=5000)
     with engine.session() as session:

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <new>
 
 #include "core/error.h"
@@ -105,16 +106,6 @@ void PageArena::abandon(std::vector<int64_t> pages) noexcept {
     }
 }
 
-bool PageArena::make_writable(int64_t& page) {
-    if (!is_shared(page)) return true;
-    std::vector<int64_t> copy;
-    if (!take(1, copy)) return false;
-    this->copy(page, copy[0]);
-    give_back(page);
-    page = copy[0];
-    return true;
-}
-
 void PageArena::copy(int64_t from, int64_t to) {
     for (const Array& array : arrays_) {
         std::memcpy(at(array, to), at(array, from), array.part.page_bytes());
@@ -127,12 +118,41 @@ void PageArena::collect() {
     abandoned_.clear();
 }
 
-bool PageTable::reserve(uint64_t length, uint64_t new_length) {
-    if (length % kPageTokens != 0 && !arena_->make_writable(pages_[length / kPageTokens])) {
-        return false;
+bool PageTable::reserve(const std::vector<Growth>& growths) {
+    if (growths.empty()) return true;
+    PageArena& arena = *growths[0].table->arena_;
+    uint64_t needed = 0;
+    std::map<int64_t, uint32_t> copies;  // of each shared page; its last user keeps the page itself
+    for (const Growth& growth : growths) {
+        const uint64_t held = growth.table->pages_.size(), wanted = pages_for(growth.new_length);
+        needed += wanted > held ? wanted - held : 0;
+        const int64_t* page = growth.table->page_in_part(growth.length);
+        if (page != nullptr && copies[*page] + 1 < arena.users(*page)) {
+            ++copies[*page];
+            ++needed;
+        }
     }
-    const uint64_t wanted = pages_for(new_length);
-    return wanted <= pages_.size() || arena_->take(wanted - pages_.size(), pages_);
+    if (needed > arena.free_pages()) return false;
+    for (const Growth& growth : growths) {
+        PageTable& table = *growth.table;
+        if (int64_t* page = table.page_in_part(growth.length)) table.unshare(*page);
+        const uint64_t held = table.pages_.size(), wanted = pages_for(growth.new_length);
+        if (wanted > held) arena.take(wanted - held, table.pages_);
+    }
+    return true;
+}
+
+int64_t* PageTable::page_in_part(uint64_t length) {
+    return length % kPageTokens == 0 ? nullptr : &pages_[length / kPageTokens];
+}
+
+void PageTable::unshare(int64_t& page) {
+    if (!arena_->is_shared(page)) return;
+    std::vector<int64_t> copy;
+    arena_->take(1, copy);
+    arena_->copy(page, copy[0]);
+    arena_->give_back(page);
+    page = copy[0];
 }
 
 void PageTable::truncate(uint64_t length) {
@@ -143,7 +163,7 @@ void PageTable::truncate(uint64_t length) {
 
 bool PageTable::extend_by_copies(uint64_t length) {
     const size_t full = pages_.size();
-    if (!reserve(full * kPageTokens, length)) return false;
+    if (!reserve({{this, full * kPageTokens, length}})) return false;
     for (size_t i = full; i < pages_.size(); ++i) arena_->copy(pages_[i % full], pages_[i]);
     return true;
 }

@@ -58,10 +58,8 @@ class PageArena {
     // Gives pages back later, when `free_pages` or `take` is called. Safe in any thread.
     void abandon(std::vector<int64_t> pages) noexcept;
 
-    bool is_shared(int64_t page) const { return users_[static_cast<size_t>(page)] > 1; }
-
-    // Makes `page` one that only its caller uses: itself, or a copy. False: no page for the copy.
-    bool make_writable(int64_t& page);
+    uint32_t users(int64_t page) const { return users_[static_cast<size_t>(page)]; }
+    bool is_shared(int64_t page) const { return users(page) > 1; }
 
     // Copies a page in all arrays.
     void copy(int64_t from, int64_t to);
@@ -94,9 +92,16 @@ class PageTable {
 
     const std::vector<int64_t>& pages() const { return pages_; }
 
-    // Makes room to write the tokens from `length` to `new_length`. False: there are not enough
-    // pages, and what the table held, it still holds.
-    bool reserve(uint64_t length, uint64_t new_length);
+    // Room wanted in a table for the tokens from `length` to `new_length`.
+    struct Growth {
+        PageTable* table;
+        uint64_t length;
+        uint64_t new_length;
+    };
+
+    // Makes room in each table, all of one arena, where a last page that others use too becomes a
+    // copy. False: there are not enough pages, and nothing has changed.
+    static bool reserve(const std::vector<Growth>& growths);
 
     // Gives back the pages that `length` tokens do not need.
     void truncate(uint64_t length);
@@ -115,6 +120,10 @@ class PageTable {
     uint64_t room(uint64_t length) const;
 
   private:
+    // The page to which token `length` is to be added; null: it begins a page of its own.
+    int64_t* page_in_part(uint64_t length);
+    void unshare(int64_t& page);
+
     std::shared_ptr<PageArena> arena_;
     std::vector<int64_t> pages_;
 };

@@ -109,16 +109,15 @@ std::vector<Engine::Feed> Engine::feeds(const std::vector<Request>& requests, co
 
 void Engine::reserve(const std::vector<Feed>& feeds) {
     size_t count = 0;
-    bool fits = true;
+    std::vector<PageTable::Growth> growths;
     for (const Feed& feed : feeds) {
         Session& session = *feed.request->session;
         const size_t length = feed.past + feed.request->token_count;
         session.tokens_.reserve(length);  // so that noting the tokens cannot fail
-        fits = fits && session.pages_.reserve(feed.past, length);
+        growths.push_back({&session.pages_, feed.past, length});
         count += feed.request->token_count;
     }
-    if (fits) return;
-    for (const Feed& feed : feeds) truncate(*feed.request->session, feed.past);
+    if (PageTable::reserve(growths)) return;
     throw full(count,
                feeds.size() == 1
                    ? join(room(*feeds[0].request->session, feeds[0].past), " for this session")
@@ -281,7 +280,7 @@ std::shared_ptr<Session> Engine::reserved(std::vector<mla_token> tokens) {
     const auto made = session();
     const Lock lock(mutex_);
     check_context(0, tokens.size());
-    if (!made->pages_.reserve(0, tokens.size())) {
+    if (!PageTable::reserve({{&made->pages_, 0, tokens.size()}})) {
         throw full(tokens.size(), join(room(*made, 0), " for this session"));
     }
     made->tokens_ = std::move(tokens);
