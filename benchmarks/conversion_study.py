@@ -2,7 +2,7 @@
 
     python benchmarks/conversion_study.py methods MODEL... --text TEXT
     python benchmarks/conversion_study.py steps MODEL... --text TEXT
-    python benchmarks/conversion_study.py heal MODEL... --text TEXT
+    python benchmarks/conversion_study.py heal MODEL... --text TEXT --held-out TEXT --recall 256
 
 Without --text a model writes its own calibration text. Figures are losses on held-out windows, in
 nats a token, above the source's; each line is printed as it comes. Where a size can be divided into
@@ -17,10 +17,13 @@ import dataclasses
 import math
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mla_deploy.evaluate import evaluate
+from mla_deploy.evaluate.journal import Journal
+from mla_deploy.evaluate.retrieval import DEPTHS, score_synthetic
 from mla_deploy.evaluate.scorer import TorchScorer
 from mla_deploy.quant.compress.calibration import Windows
 from mla_deploy.quant.compress.convert import calibration_windows, convert_checkpoint
@@ -31,8 +34,8 @@ from mla_deploy.quant.compress.source import Source
 from mla_deploy.quant.compress.streams import HeldOut, SourceLayer, carry, score
 from mla_deploy.quant.options import QuantizeOptions
 from mla_deploy.quant.quantize import quantize_checkpoint
-from mla_deploy.tokenizer import Tokenizer
 
+D_KV = (64, 32, 16)
 RATIOS = (0.5, 0.3125, 0.1875, 0.125)
 METHODS = (
     QUERY_AWARE,
@@ -136,64 +139,52 @@ def steps(study: Study) -> None:
             print(f"| {ratio} | {name} | {loss:.4f} |", flush=True)
 
 
-def heal(path: Path, texts: list[Path], held_out: str, window: int, tokens: int) -> None:
-    """Through the checkpoints, as a user would; losses by `mla-deploy eval`'s own code."""
-
-    def loss(folder: Path) -> float:
-        return math.log(evaluate(TorchScorer(folder), held_out, window=window).perplexity)
-
-    source_config = Source(path).config
-    print(
-        "| d_kv | cache | converted | healed | int4 cache | its bytes |\n|---|---|---|---|---|---|"
-    )
-    base = None
-    for d_kv in (64, 32, 16):
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            common = {
-                "like_paper": d_kv,
-                "calibration": tuple(map(str, texts)),
-                "window": window,
-            }
-            convert_checkpoint(path, folder / "plain", ConvertOptions(**common))
-            report = convert_checkpoint(
-                path,
-                folder / "healed",
-                ConvertOptions(**common, heal=tuple(map(str, texts)), heal_tokens=tokens),
+def heal(path: Path, args: argparse.Namespace) -> None:
+    """Through the checkpoints, as a user would; loss and recall as `mla-deploy eval` has them."""
+    texts = tuple(map(str, args.text))
+    common: dict[str, Any] = {"calibration": texts, "tokens": args.tokens, "window": args.window}
+    source = Source(path).config
+    full = source.num_key_value_heads * source.head_dim
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        exact = ConvertOptions(kv_lora_rank=full, qk_rope_head_dim=full, **common)
+        convert_checkpoint(path, folder / "source", exact)
+        base = measured(folder / "source", args)
+        print(f"source: loss {base[0]:.4f}, recall {base[1]}\n")
+        print("| d_kv | cache | model | added loss | recall | bytes of a token |")
+        print("|---|---|---|---|---|---|", flush=True)
+        for d_kv in D_KV:
+            plain, healed, int4 = (folder / f"{d_kv}-{one}" for one in ("plain", "healed", "int4"))
+            convert_checkpoint(path, plain, ConvertOptions(like_paper=d_kv, **common))
+            healing = ConvertOptions(
+                like_paper=d_kv, heal=texts, heal_tokens=args.heal_tokens, **common
             )
-            options = QuantizeOptions(kv="int4", weights="none")
-            quantize_checkpoint(folder / "healed", folder / "int4", options)
-            found = [loss(folder / one) for one in ("plain", "healed", "int4")]
-            base = base if base is not None else source_loss(path, held_out, window)
-            share = report.bytes_per_token()["int4"] / report.source_bytes_per_token
-            row = " | ".join(f"{one - base:+.4f}" for one in found)
-            ratio = report.geometry.ratio(source_config)
-            print(f"| {d_kv} | {ratio - 1:+.2%} | {row} | {share - 1:+.2%} |", flush=True)
+            report = convert_checkpoint(path, healed, healing)
+            quantize_checkpoint(healed, int4, QuantizeOptions(kv="int4", weights="none"))
+            share = report.geometry.ratio(source)
+            kept = report.bytes_per_token()["int4"] / report.source_bytes_per_token
+            for model, size in ((plain, share), (healed, share), (int4, kept)):
+                loss, recall = measured(model, args)
+                row = (
+                    f"{d_kv} | {size - 1:+.2%} | {model.name.split('-')[1]} | {loss - base[0]:+.4f}"
+                )
+                print(
+                    f"| {row} | {recall} | {size * report.source_bytes_per_token:.0f} |", flush=True
+                )
 
 
-@torch.no_grad()
-def source_loss(path: Path, text: str, window: int) -> float:
-    """Of the source, on the same windows as `evaluate`."""
-    from mla_deploy.evaluate.text import encode_text, windows
-
-    source = Source(path)
-    table = source.read("model.embed_tokens.weight").float()
-    corpus = encode_text(Tokenizer.open(path), text)
-    parts = list(windows(corpus, window, window - len(corpus.start)))
-    layers = [
-        SourceLayer(source.config, i, load_layer(source, i))
-        for i in range(source.config.num_hidden_layers)
+def measured(folder: Path, args: argparse.Namespace) -> tuple[float, str]:
+    """Loss on the held-out text, and the share of keys recalled at each length."""
+    scorer = TorchScorer(folder)
+    loss = math.log(evaluate(scorer, args.held_out.read_text(), window=args.window).perplexity)
+    found = score_synthetic(
+        scorer, None, ["key-value"], args.recall, trials=args.trials, journal=Journal()
+    )
+    shares = [
+        sum(one.accuracy for one in found if one.length == length) / len(DEPTHS)
+        for length in args.recall
     ]
-    total = count = 0.0
-    for part in parts:
-        ids = torch.tensor([part.ids])
-        h = table[ids]
-        for layer in layers:
-            h = layer.finish(h, layer.attend(*layer.project(h)))
-        scored = score(source, h, h, ids)
-        total += scored.loss * scored.tokens
-        count += scored.tokens
-    return total / count
+    return loss, " ".join(f"{share:.0%}" for share in shares)
 
 
 def main() -> None:
@@ -204,13 +195,14 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, help="for heal: text that is scored")
     parser.add_argument("--tokens", type=int, default=1 << 14, help="of calibration")
     parser.add_argument("--heal-tokens", type=int, default=1 << 16)
+    parser.add_argument("--recall", nargs="*", type=int, default=[], help="lengths, for heal")
+    parser.add_argument("--trials", type=int, default=4, help="of recall, a length and depth")
     parser.add_argument("--window", type=int, default=256)
     args = parser.parse_args()
     for path in args.models:
         print(f"\n## {path.name}: {args.what}\n")
         if args.what == "heal":
-            text = args.held_out.read_text()
-            heal(path, args.text, text, args.window, args.heal_tokens)
+            heal(path, args)
             continue
         options = ConvertOptions(
             target_ratio=0.5,

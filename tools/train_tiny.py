@@ -119,7 +119,7 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonal(p.grad.lerp(average, group["momentum"]))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                # 0.2 sqrt(larger side): about as large as a step of AdamW, so that one rate fits both.
+                # About as large as a step of AdamW, so that one rate fits both.
                 p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
