@@ -46,8 +46,8 @@ DEFAULT_WINDOW = 512
 DEFAULT_HEAL_TOKENS = 1 << 20
 MIN_WINDOW = 16
 _PILOT_TOKENS = 4096
-_PILOT = Steps(folds=(1,), gammas=(1.0,))
-"""Sizes are compared by the first candidate of each layer."""
+_PILOT = Steps(gammas=(1.0,))
+"""Sizes are compared without trials of the weight between keys and values."""
 _DTYPES = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

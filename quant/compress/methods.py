@@ -13,7 +13,8 @@ taken to be white.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -48,7 +49,7 @@ METHODS = (
     TRANSMLA,
 )
 FOLDS = (1, 2, 4, 8)
-"""Neighbouring frequencies that TransMLA treats as one; the best by layer output error."""
+"""Neighbouring frequencies that share a basis; TransMLA's FreqFold."""
 GAMMAS = (1.0, 0.25, 0.5, 2.0, 4.0)
 """Equal traces first: that is what is taken where nothing can be tried."""
 
@@ -69,11 +70,11 @@ class Steps:
     """Weigh errors of keys by the queries."""
     output_metric: bool = True
     """Weigh errors of values by the output projection."""
-    folds: tuple[int, ...] = (1,)
-    """Neighbouring frequencies to treat as one; the best by layer output error. That never chose
-    more than one, so no more are tried."""
+    folds: tuple[int, ...] = FOLDS
+    """Neighbouring frequencies to treat as one, where not each can keep a channel; the best by
+    layer output error."""
     gammas: tuple[float, ...] = GAMMAS
-    """Weights of values against keys, relative to equal traces; likewise."""
+    """Weights of values against keys, relative to equal traces; likewise, at the best fold."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ def _query_aware(task: LayerTask, steps: Steps) -> Conversion:
     if steps.output_metric:
         values = output_metric(task.weights, task.config)
 
-    def candidates(fold: int) -> Iterator[Conversion]:
+    @functools.cache
+    def problem(fold: int) -> tuple[Basis, LatentProblem]:
         basis = query_aware_basis(
             task.moments,
             task.config,
@@ -149,14 +151,21 @@ def _query_aware(task: LayerTask, steps: Steps) -> Conversion:
         if steps.query_metric:
             keys = query_metric(basis, task.moments, softmax_scale(task.config))
         cov = covariance(basis, task.moments, centred=steps.centred)
-        problem = LatentProblem(basis, cov, keys, values)
-        # Without a free key there is nothing to weigh values against.
-        for gamma in steps.gammas if len(keys) else steps.gammas[:1]:
-            latent = problem.solve(task.rank, gamma)
-            choices = {"fold": float(fold), "gamma": gamma}
-            yield _finish(task, basis, latent, task.moments, choices, centred=steps.centred)
+        return basis, LatentProblem(basis, cov, keys, values)
 
-    return _best(task, (one for fold in _folds(task, steps.folds) for one in candidates(fold)))
+    def candidate(fold: int, gamma: float) -> Conversion:
+        basis, latents = problem(fold)
+        latent = latents.solve(task.rank, gamma)
+        choices = {"fold": float(fold), "gamma": gamma}
+        return _finish(task, basis, latent, task.moments, choices, centred=steps.centred)
+
+    # Where each frequency can keep a channel, folding was never chosen.
+    folds = steps.folds if task.rope < task.config.head_dim else (1,)
+    first = _best(task, (candidate(fold, steps.gammas[0]) for fold in _folds(task, folds)))
+    fold = int(first.conversion.choices["fold"])
+    # Without a free key there is nothing to weigh values against.
+    others = steps.gammas[1:] if len(problem(fold)[0].free_k) else ()
+    return _best(task, (candidate(fold, gamma) for gamma in others), first).conversion
 
 
 def _mha2mla(task: LayerTask, selection: str, kind: str) -> Conversion:
@@ -199,7 +208,7 @@ def _transmla(task: LayerTask) -> Conversion:
         choices = {"fold": float(fold)}
         return _finish(task, basis, latent, task.moments, choices, centred=False)
 
-    return _best(task, (candidate(fold) for fold in _folds(task, FOLDS)))
+    return _best(task, (candidate(fold) for fold in _folds(task, FOLDS))).conversion
 
 
 def _folds(task: LayerTask, folds: tuple[int, ...]) -> list[int]:
@@ -208,15 +217,20 @@ def _folds(task: LayerTask, folds: tuple[int, ...]) -> list[int]:
     return [fold for fold in folds if fold <= task.config.head_dim // 2]
 
 
-def _best(task: LayerTask, candidates: Iterable[Conversion]) -> Conversion:
-    """The candidate with the least error on the layer's output; without a sample the first."""
-    if task.error is None:
-        return next(iter(candidates))
-    best, least = None, float("inf")
+@dataclass(frozen=True)
+class _Trial:
+    conversion: Conversion
+    error: float
+
+
+def _best(task: LayerTask, candidates: Iterable[Conversion], best: _Trial | None = None) -> _Trial:
+    """The least error on the layer's output, `best` included; without a sample the first."""
     for one in candidates:
+        if task.error is None:
+            return best or _Trial(one, float("inf"))
         error = task.error(one.weights)
-        if best is None or error < least:
-            best, least = one, error
+        if best is None or error < best.error:
+            best = _Trial(one, error)
     assert best is not None
     return best
 
