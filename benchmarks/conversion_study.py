@@ -82,8 +82,8 @@ class Study:
     def _scored(self, converted: torch.Tensor) -> HeldOut:
         return score(self.source, self.of_source, converted, self.windows.held_out)
 
-    def added_loss(self, method: str, rank: int, rope: int, steps: Steps | None = None) -> float:
-        """Nats a token above the source."""
+    def converted(self, method: str, rank: int, rope: int, steps: Steps | None = None) -> HeldOut:
+        """Scored against the source."""
         h = self.start.clone()
         for layer, white, moments, distances, sample in self.layers:
             task = LayerTask(
@@ -100,7 +100,7 @@ class Study:
                 error=sample.error,
             )
             carry(layer, h, convert_layer(task, method, steps).weights)
-        return self._scored(h).converted_loss - self.loss
+        return self._scored(h)
 
     def ropes(self, method: str, total: int) -> list[int]:
         """Ways to divide `total` numbers that make sense for a method."""
@@ -114,29 +114,38 @@ class Study:
         return sorted({rope for rope in wanted if rope < total and rope <= groups * d})
 
 
+def added_loss(scored: HeldOut) -> float:
+    """Nats a token above the source."""
+    return scored.converted_loss - scored.loss
+
+
 def methods(study: Study) -> None:
-    print("| ratio | method | added loss | rotary |\n|---|---|---|---|")
+    print("| ratio | method | added loss | divergence | rotary |\n|---|---|---|---|---|")
     for ratio in RATIOS:
         total = round(ratio * study.config.cached_numbers)
         for method in METHODS:
             found = {
-                rope: study.added_loss(method, total - rope, rope)
+                rope: study.converted(method, total - rope, rope)
                 for rope in study.ropes(method, total)
             }
             if found:
-                best = min(found, key=found.__getitem__)
-                print(f"| {ratio} | {method} | {found[best]:.4f} | {best} |", flush=True)
+                rope = min(found, key=lambda one: added_loss(found[one]))
+                row = f"{added_loss(found[rope]):.4f} | {found[rope].kl:.4f} | {rope}"
+                print(f"| {ratio} | {method} | {row} |", flush=True)
 
 
 def steps(study: Study) -> None:
-    print("| ratio | steps | added loss |\n|---|---|---|")
+    print("| ratio | steps | added loss | divergence |\n|---|---|---|---|")
     for ratio in RATIOS:
         total = round(ratio * study.config.cached_numbers)
-        ropes = study.ropes(QUERY_AWARE, total)
-        rope = min(ropes, key=lambda one: study.added_loss(QUERY_AWARE, total - one, one))
+        tried = [
+            (rope, study.converted(QUERY_AWARE, total - rope, rope))
+            for rope in study.ropes(QUERY_AWARE, total)
+        ]
+        rope = min(tried, key=lambda one: added_loss(one[1]))[0]
         for name, chosen in STEPS.items():
-            loss = study.added_loss(QUERY_AWARE, total - rope, rope, chosen)
-            print(f"| {ratio} | {name} | {loss:.4f} |", flush=True)
+            found = study.converted(QUERY_AWARE, total - rope, rope, chosen)
+            print(f"| {ratio} | {name} | {added_loss(found):.4f} | {found.kl:.4f} |", flush=True)
 
 
 def heal(path: Path, args: argparse.Namespace) -> None:
