@@ -97,11 +97,11 @@ def _cut(geometry: Geometry, config: SourceConfig) -> Geometry:
 
 
 def _grains(total: int) -> tuple[int, int]:
-    """Multiples that the rotary channels and the rank are rounded down to: what the groups of the
-    quantised caches divide, where the cache is large enough to leave a choice."""
+    """Multiples that the rotary channels and the rank are rounded down to, where the cache is large
+    enough to leave a choice: what native kernels take, and groups of quantised caches divide."""
     if total >= 512:
         return 16, 64
-    return (4, 8) if total >= 32 else (2, 1)
+    return (4, 16) if total >= 48 else (2, 1)
 
 
 def _check(geometry: Geometry, config: SourceConfig, options: ConvertOptions) -> None:
