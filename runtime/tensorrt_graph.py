@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from mla_deploy.bundle import Manifest, ProfileInfo
 from mla_deploy.errors import SessionError
-from mla_deploy.runtime.tensorrt_rows import Device, RowCache
+from mla_deploy.runtime.tensorrt_pages import PageCache
+from mla_deploy.runtime.tensorrt_rows import Cache, Device, RowCache
 
 Logits = npt.NDArray[np.float32]
 
@@ -48,17 +49,16 @@ class TensorRtGraph:
         self._profiles: list[ProfileInfo] = manifest.tensorrt.profiles
         self._device, self._execution = device, execution
         self._vocab_size = manifest.model.vocab_size
-        self._page = manifest.cache.page_tokens
-        self._parts = [
-            (f"cache.{layer}.{part.name}", int(np.prod(part.page_shape[1:])))
-            for layer, cache in enumerate(manifest.cache.layers)
-            for part in cache.parts
-        ]
+        page = manifest.cache.page_tokens
         most = self._profiles[0].rows[2]
-        wanted = most if max_tokens is None else -(-max_tokens // self._page) * self._page
+        wanted = most if max_tokens is None else -(-max_tokens // page) * page
         self.capacity = min(most, wanted)
         self._chunk, self._most_logits = self._profiles[1].tokens[2], self._profiles[1].logits[2]
-        self._cache = RowCache(device, manifest.cache, self.capacity, self._chunk)
+        self._cache: Cache = (
+            PageCache(device, manifest.cache, self.capacity)
+            if manifest.tensorrt.plugin
+            else RowCache(device, manifest.cache, self.capacity, self._chunk)
+        )
         self.bytes_per_token = self._cache.bytes_per_token
         self._ids = device.allocate(8 * self._chunk)
         self._past = device.allocate(8)
@@ -120,14 +120,12 @@ class TensorRtGraph:
         ):
             array = np.array(values, dtype=np.int64)
             self._device.upload(address, array)
-            shape = (1,) if name == "past_lengths" else (1, len(array))
+            self._execution.set_shape(name, (1,) if name == "past_lengths" else (1, len(array)))
+        for name, shape in self._cache.shapes(past + len(ids)).items():
             self._execution.set_shape(name, shape)
-        # Whole pages, so that shapes seldom change.
-        rows = -(-(past + len(ids)) // self._page) * self._page
-        for name, width in self._parts:
-            self._execution.set_shape(name, (1, rows, width))
+        self._cache.before_step(len(ids))
         self._execution.run()
-        self._cache.append(past, len(ids))
+        self._cache.after_step(past, len(ids))
         logits = np.empty((len(index), self._vocab_size), dtype=np.float32)
         self._device.download(self._logits, logits)
         return logits

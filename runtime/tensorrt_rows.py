@@ -54,12 +54,34 @@ class _Part:
     """One part of the cache in all layers that have it."""
 
     name: str
+    width: int
     row_bytes: int
     layers: tuple[int, ...]
     arena: int
     arena_pitch: int
     staging: int
     staging_pitch: int
+
+
+class Cache(Protocol):
+    """The cache of an engine's session."""
+
+    bytes_per_token: int
+
+    def addresses(self) -> dict[str, int]:
+        """Where the engine reads and writes, by the names of its inputs and outputs."""
+
+    def shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of its inputs when the cache holds so many tokens, new ones included."""
+
+    def before_step(self, count: int) -> None:
+        """So many new tokens are about to be computed."""
+
+    def after_step(self, past: int, count: int) -> None:
+        """They were, behind the first `past`."""
+
+    def repeat(self, whole: int, length: int) -> None:
+        """Fill the cache up to `length` tokens with copies of the first `whole`."""
 
 
 class RowCache:
@@ -75,24 +97,32 @@ class RowCache:
             capacity: rows of the arena.
             chunk: new rows of a step at most.
         """
-        self._device = device
-        layers: dict[tuple[str, int], list[int]] = {}
+        self._device, self._page = device, cache.page_tokens
+        layers: dict[tuple[str, int, int], list[int]] = {}
         for index, layer in enumerate(cache.layers):
             for part in layer.parts:
-                width = math.prod(part.page_shape[1:]) * np.dtype(part.dtype).itemsize
-                layers.setdefault((part.name, width), []).append(index)
+                width = math.prod(part.page_shape[1:])
+                row_bytes = width * np.dtype(part.dtype).itemsize
+                layers.setdefault((part.name, width, row_bytes), []).append(index)
         self._parts = [
-            self._part(name, width, tuple(where), capacity, chunk)
-            for (name, width), where in layers.items()
+            self._part(name, width, row_bytes, tuple(where), capacity, chunk)
+            for (name, width, row_bytes), where in layers.items()
         ]
         self.bytes_per_token = sum(part.row_bytes * len(part.layers) for part in self._parts)
 
     def _part(
-        self, name: str, row_bytes: int, layers: tuple[int, ...], capacity: int, chunk: int
+        self,
+        name: str,
+        width: int,
+        row_bytes: int,
+        layers: tuple[int, ...],
+        capacity: int,
+        chunk: int,
     ) -> _Part:
         arena_pitch, staging_pitch = (_aligned(rows * row_bytes) for rows in (capacity, chunk))
         return _Part(
             name=name,
+            width=width,
             row_bytes=row_bytes,
             layers=layers,
             arena=self._device.allocate(arena_pitch * len(layers)),
@@ -110,7 +140,19 @@ class RowCache:
                 found[f"new.{layer}.{part.name}"] = part.staging + line * part.staging_pitch
         return found
 
-    def append(self, past: int, count: int) -> None:
+    def shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the engine's cache inputs, with rows for so many tokens."""
+        rows = -(-tokens // self._page) * self._page  # whole pages, so that shapes seldom change
+        return {
+            f"cache.{layer}.{part.name}": (1, rows, part.width)
+            for part in self._parts
+            for layer in part.layers
+        }
+
+    def before_step(self, count: int) -> None:
+        """Nothing: the engine gives the rows of as many tokens as it is given."""
+
+    def after_step(self, past: int, count: int) -> None:
         """Copy the first `count` rows of the staging area behind the first `past` of the arena."""
         for part in self._parts:
             self._device.copy_rows(
