@@ -10,12 +10,12 @@ from typing import Any
 from mla_deploy.bundle import Bundle, EngineInfo, TensorRtInfo
 from mla_deploy.errors import BundleError, UsageError
 from mla_deploy.gpu import gpu_target
+from mla_deploy.runtime.tensorrt_cache import Array
 from mla_deploy.runtime.tensorrt_plugin import (
     PLUGIN,
     PLUGIN_NAMESPACE,
     require_plugin_library,
 )
-from mla_deploy.runtime.tensorrt_rows import Array
 
 
 def engine_for(info: TensorRtInfo, path: str, target: str | None) -> EngineInfo:
@@ -135,7 +135,7 @@ class TensorRtExecution:
 
 
 class CudaDevice:
-    """CUDA's runtime through cuda-python; `tensorrt_rows.Device`."""
+    """CUDA's runtime through cuda-python; `tensorrt_cache.Device`."""
 
     def __init__(self) -> None:
         self._cuda = _import("cuda.bindings.runtime", "pip install cuda-python")

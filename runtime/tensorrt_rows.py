@@ -13,40 +13,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from mla_deploy.bundle import CacheInfo
+from mla_deploy.errors import SessionError
+from mla_deploy.runtime.tensorrt_cache import Device, Place
 
 ALIGNMENT = 256
 """Of addresses given to TensorRT."""
-
-Array = npt.NDArray[np.generic]
-
-
-class Device(Protocol):
-    """Memory of the GPU, and a stream on which all work is done in order."""
-
-    stream: int
-
-    def allocate(self, size: int) -> int:
-        """The address of so many bytes, zeroed. Freed with the device."""
-
-    def upload(self, address: int, array: Array) -> None:
-        """Copy an array to the GPU."""
-
-    def download(self, address: int, array: Array) -> None:
-        """Copy from the GPU into an array, and wait for all work before it."""
-
-    def copy_rows(
-        self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, height: int
-    ) -> None:
-        """Copy `height` lines of `width` bytes, on the GPU."""
-
-    def close(self) -> None:
-        """Free everything."""
 
 
 @dataclass(frozen=True)
@@ -63,27 +38,6 @@ class _Part:
     staging_pitch: int
 
 
-class Cache(Protocol):
-    """The cache of an engine's session."""
-
-    bytes_per_token: int
-
-    def addresses(self) -> dict[str, int]:
-        """Where the engine reads and writes, by the names of its inputs and outputs."""
-
-    def shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of its inputs when the cache holds so many tokens, new ones included."""
-
-    def before_step(self, count: int) -> None:
-        """So many new tokens are about to be computed."""
-
-    def after_step(self, past: int, count: int) -> None:
-        """They were, behind the first `past`."""
-
-    def repeat(self, whole: int, length: int) -> None:
-        """Fill the cache up to `length` tokens with copies of the first `whole`."""
-
-
 class RowCache:
     """Arena and staging area of all parts.
 
@@ -97,7 +51,8 @@ class RowCache:
             capacity: rows of the arena.
             chunk: new rows of a step at most.
         """
-        self._device, self._page = device, cache.page_tokens
+        self._device, self._page, self._capacity = device, cache.page_tokens, capacity
+        self._taken = False
         layers: dict[tuple[str, int, int], list[int]] = {}
         for index, layer in enumerate(cache.layers):
             for part in layer.parts:
@@ -149,10 +104,44 @@ class RowCache:
             for layer in part.layers
         }
 
-    def before_step(self, count: int) -> None:
+    @property
+    def free(self) -> int:
+        """Rows: those behind the session's tokens are free whatever they hold."""
+        return self._capacity
+
+    def open(self) -> Place:
+        """The only place; SessionError while it is taken."""
+        if self._taken:
+            raise SessionError(
+                "an engine without the plugin has one session at a time",
+                hint="close the other first, or export with --plugin",
+            )
+        self._taken = True
+        return Place()
+
+    def fork(self, place: Place) -> Place:
+        """Raises a SessionError."""
+        return self.open()
+
+    def trim(self, place: Place, length: int) -> None:
+        """Nothing."""
+
+    def close(self, place: Place) -> None:
+        """Give the place back."""
+        self._taken = False
+
+    def room(self, place: Place, length: int) -> int:
+        """Tokens that can be added behind the first `length`."""
+        return self._capacity - length
+
+    def needed(self, place: Place, length: int, count: int) -> int:
+        """Rows of all tokens."""
+        return length + count
+
+    def before_step(self, place: Place, past: int, count: int) -> None:
         """Nothing: the engine gives the rows of as many tokens as it is given."""
 
-    def after_step(self, past: int, count: int) -> None:
+    def after_step(self, place: Place, past: int, count: int) -> None:
         """Copy the first `count` rows of the staging area behind the first `past` of the arena."""
         for part in self._parts:
             self._device.copy_rows(
@@ -164,7 +153,7 @@ class RowCache:
                 len(part.layers),
             )
 
-    def repeat(self, whole: int, length: int) -> None:
+    def repeat(self, place: Place, whole: int, length: int) -> None:
         """Fill up to `length` rows with copies of the first `whole`."""
         for part in self._parts:
             for start in range(whole, length, whole):

@@ -84,12 +84,13 @@ def test_prefill_and_decode_equal_the_reference(exported: tuple[Path, Path, str]
     hide a wrong number. In float16 the graph is nearer to float32 than transformers in float16."""
     source, bundle, dtype = exported
     graph = host_graph(bundle)
+    place = graph.cache.open()
     ids = torch.randint(VOCAB, (PROMPT + STEPS,)).tolist()
     reference = Reference(source, graph)
-    steps = [graph.append(ids[:PROMPT], 0, range(PROMPT))]
+    steps = [graph.append(place, ids[:PROMPT], 0, range(PROMPT))]
     expected_steps = [reference.append(ids[:48], 0), reference.append(ids[48:PROMPT], 48)]
     for past in range(PROMPT, PROMPT + STEPS):
-        steps.append(graph.append(ids[past : past + 1], past, [0]))
+        steps.append(graph.append(place, ids[past : past + 1], past, [0]))
         expected_steps.append(reference.append(ids[past : past + 1], past))
     found, expected = np.concatenate(steps), np.concatenate(expected_steps)
     if dtype == "fp32":
@@ -169,8 +170,9 @@ def test_rows_are_what_the_record_encodes(exported: tuple[Path, Path, str]) -> N
     """The first layer sees equal inputs, so its rows are equal but for rounding."""
     source, bundle, dtype = exported
     graph = host_graph(bundle)
+    place = graph.cache.open()
     ids = torch.randint(VOCAB, (40,))
-    graph.append(ids.tolist(), 0, [0])
+    graph.append(place, ids.tolist(), 0, [0])
     reference = Reference(source, graph)
     config = reference.config
     every = torch.arange(40).unsqueeze(0)
@@ -210,6 +212,7 @@ def test_windows_equal_the_reference_with_its_own_cache(exported: tuple[Path, Pa
     ids = torch.randint(VOCAB, (60,))
     config = Checkpoint(source).config
     expected = forward_window(load_model(source), config, ids.unsqueeze(0))[0].numpy()
-    found = host_graph(bundle).append(ids.tolist(), 0, range(60))
+    graph = host_graph(bundle)
+    found = graph.append(graph.cache.open(), ids.tolist(), 0, range(60))
     error = np.abs(found - expected).max(1) / np.abs(expected).max()
     assert np.median(error) < TOLERANCE[dtype]

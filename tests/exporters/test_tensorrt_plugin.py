@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,10 @@ def test_the_manifest_tells_of_the_plugin_and_its_pages(bundles: dict[str, Path]
 
 def generate(graph: Any, ids: list[int]) -> Any:
     """Logits of a prompt in two chunks, and of steps after it."""
-    found = [graph.append(ids[:PROMPT], 0, range(PROMPT))]
+    place = graph.cache.open()
+    found = [graph.append(place, ids[:PROMPT], 0, range(PROMPT))]
     for past in range(PROMPT, len(ids)):
-        found.append(graph.append(ids[past : past + 1], past, [0]))
+        found.append(graph.append(place, ids[past : past + 1], past, [0]))
     return np.concatenate(found)
 
 
@@ -164,9 +166,56 @@ def test_the_cache_is_written_in_place(bundles: dict[str, Path]) -> None:
             session.fill_by_copies(100)
         session.prefill(list(range(80)))
         session.fill_by_copies(250)
-        assert device.copies == 3 * 2 * 5  # pages 2, 3 and 4 of five parts in two layers
+        assert device.copies == 3 * 2 * 5  # three pages of five parts in two layers
         session.decode(8)
         assert session.length == 251
+
+
+def test_sessions_and_forks_share_the_pages(bundles: dict[str, Path]) -> None:
+    """Whatever they share, each gives the logits that it gives alone."""
+    engine = TensorRtEngine(Bundle.open(bundles["int4"]), host_graph(bundles["int4"]))
+    ids = torch.randint(VOCAB, (90,)).tolist()
+
+    def alone(tokens: list[int], last: int) -> Any:
+        with engine.session() as session:
+            session.prefill(tokens)
+            return session.decode(last)
+
+    expected = {last: alone(ids, last) for last in (5, 6, 7)}
+    assert engine.cache.free == 4
+    first, other = engine.session(), engine.session()
+    first.prefill(ids)
+    fork = first.fork()
+    assert (fork.tokens, engine.cache.free) == (first.tokens, 2)
+    other.prefill(ids[:10])
+    assert other.room == 128 - 10
+    # The second page is shared: whoever goes on first gets a copy, and the cache is full.
+    np.testing.assert_array_equal(fork.decode(5), expected[5])
+    assert engine.cache.free == 0
+    extra = first.fork()
+    with pytest.raises(SessionError, match="cache is full"):
+        extra.decode(1)
+    extra.close()
+    one, two = engine.step([(first, [6]), (other, [3])])
+    np.testing.assert_array_equal(one, expected[6])
+    assert two.shape == one.shape
+    fork.rewind(90)
+    np.testing.assert_array_equal(fork.decode(7), expected[7])
+    with pytest.raises(UsageError, match="twice"):
+        engine.step([(first, [1]), (first, [1])])
+    fork.close()
+    other.close()
+    assert engine.cache.free == 2
+    first.rewind(64)
+    pair = first.fork(), first.fork()
+    assert engine.cache.free == 3
+    with pytest.raises(SessionError, match="all of these sessions together"):
+        engine.step([(pair[0], ids), (pair[1], ids)])
+    assert pair[0].length == 64
+    first.close()
+    del pair  # like one that is closed
+    gc.collect()
+    assert engine.cache.free == 4
 
 
 @pytest.mark.parametrize(
