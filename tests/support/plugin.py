@@ -29,7 +29,7 @@ def headers() -> list[str]:
         folder = next((one for one in folders if (one / name).is_file()), None)
         if folder is None:
             pytest.skip(f"needs {name}: it is not in {', '.join(map(str, folders))}")
-        found.append(f"-I{folder}")
+        found.append(f"-isystem{folder}")
     return found
 
 
