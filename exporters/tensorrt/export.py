@@ -251,7 +251,7 @@ def profiles(context: int, options: TensorRtOptions) -> list[ProfileInfo]:
     ]
 
 
-def cache_info(config: MlaConfig, *, pages: bool) -> CacheInfo:
+def cache_info(config: MlaConfig, *, pages: bool = False) -> CacheInfo:
     """The manifest's part on the cache: the record's pages, or rows of its parts."""
     name = config.recipe.cache_format
     parts = [
