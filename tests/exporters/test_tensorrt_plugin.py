@@ -23,9 +23,12 @@ from mla_deploy.exporters.onnx.attention_function import OPSET, AttentionFunctio
 from mla_deploy.exporters.tensorrt.capability import CAPABILITIES
 from mla_deploy.exporters.tensorrt.export import TensorRtOptions, export_tensorrt
 from mla_deploy.exporters.tensorrt.plugin import check_plugin
+from mla_deploy.gpu import gpu_target
 from mla_deploy.model import forward_window, load_model
 from mla_deploy.quant.quantize import QuantizeOptions, quantize_checkpoint
+from mla_deploy.runtime import load
 from mla_deploy.runtime.tensorrt import TensorRtEngine
+from mla_deploy.runtime.tensorrt_plugin import plugin_library
 
 OPTIONS = TensorRtOptions(
     onnx_only=True, dtype="fp32", max_tokens=256, prefill_chunk=48, plugin=True
@@ -270,3 +273,20 @@ def test_tensorrt_builds_an_engine_with_the_plugin(
     info = Bundle.open(tmp_path / "bundle").manifest.tensorrt
     assert info is not None
     assert info.plugin
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(gpu_target() is None, reason="there is no NVIDIA GPU")
+def test_an_engine_gives_what_the_stand_in_gives(bundles: dict[str, Path], tmp_path: Path) -> None:
+    target, library = gpu_target(), plugin_library()
+    if target is None or library is None:
+        pytest.skip("this installation has no plugin")
+    options = replace(OPTIONS, onnx_only=False, targets=(target,), plugin_library=library)
+    built = export_tensorrt(bundles["int4"], tmp_path / "bundle", options).bundle
+    ids = torch.randint(VOCAB, (PROMPT + STEPS,)).tolist()
+    expected = generate(host_graph(bundles["int4"]), ids)
+    with load(built).session() as session:
+        found = [session.prefill(ids[:PROMPT], all_logits=True)]
+        found += [session.decode(token)[None] for token in ids[PROMPT:]]
+    error = np.abs(np.concatenate(found) - expected).max(1) / np.abs(expected).max()
+    assert np.median(error) < 5e-2
