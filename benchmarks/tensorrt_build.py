@@ -1,6 +1,7 @@
 """Build TensorRT engines with no GPU, and print what they take.
 
     python benchmarks/tensorrt_build.py [--model tiny|v2-lite] [--targets sm89,...] [--dtypes fp16]
+                                        [--plugin LIBRARY]
 
 `v2-lite` has two layers of the size of DeepSeek-V2-Lite (one dense, one with 64 experts) and random
 4-bit weights; `tiny` is the model that ships here, quantised. For each GPU and type: seconds, peak
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--targets", default="sm80,sm86,sm89,sm120")
     parser.add_argument("--dtypes", default="fp16,bf16")
     parser.add_argument("--vocab", type=int, default=102400, help="of v2-lite")
+    parser.add_argument("--plugin", type=Path, help="library, for graphs with LatentAttention")
     parser.add_argument("--log", type=Path, help="file for what TensorRT says")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -82,13 +84,20 @@ def main() -> None:
         else:
             source = v2_lite(folder / "source", args.vocab)
         for dtype in args.dtypes.split(","):
-            measure(source, folder / dtype, dtype, args.targets.split(","), args.log)
+            measure(source, folder / dtype, dtype, args.targets.split(","), args.plugin, args.log)
 
 
-def measure(source: Path, out: Path, dtype: str, targets: list[str], log: Path | None) -> None:
+def measure(
+    source: Path,
+    out: Path,
+    dtype: str,
+    targets: list[str],
+    plugin: Path | None,
+    log: Path | None,
+) -> None:
     """Export once, build for each GPU, print a line each."""
     start = time.monotonic()
-    options = TensorRtOptions(onnx_only=True, dtype=dtype)
+    options = TensorRtOptions(onnx_only=True, dtype=dtype, plugin=plugin is not None)
     bundle = Bundle.open(export_tensorrt(source, out, options).bundle)
     info = bundle.manifest.tensorrt
     assert info is not None
@@ -103,6 +112,7 @@ def measure(source: Path, out: Path, dtype: str, targets: list[str], log: Path |
             target,
             info.inputs,
             info.profiles,
+            plugin=plugin,
             log=log,
         )
         one, several = (size / 1e6 for size in made.scratch_bytes)

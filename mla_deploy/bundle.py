@@ -159,8 +159,19 @@ class ProfileInfo(_Strict):
 
     tokens: tuple[int, int, int]
     rows: tuple[int, int, int]
-    """Rows of the cache that are read."""
+    """Tokens of the cache that are read; whole pages."""
     logits: tuple[int, int, int]
+
+    def extent(self, axis: str) -> tuple[int, int, int]:
+        """Least, usual and most of an axis that a `TensorInfo` names.
+
+        With pages, there is one more than a sequence needs: the scratch page.
+        """
+        if axis in ("pages", "pages_per_sequence"):
+            least, usual, most = (rows // 64 + (axis == "pages") for rows in self.rows)
+            return least, usual, most
+        extents = {"tokens": self.tokens, "rows": self.rows, "logits": self.logits}
+        return extents[axis]
 
 
 class TensorInfo(_Strict):
@@ -181,6 +192,8 @@ class TensorRtInfo(_Strict):
     """Of activations."""
     profiles: list[ProfileInfo] = Field(min_length=2, max_length=2)
     """For one token, and for several."""
+    plugin: bool = False
+    """Whether the graph has `LatentAttention` as a node, for the plugin, and a cache of pages."""
     engines: list[EngineInfo]
     inputs: list[TensorInfo]
     outputs: list[TensorInfo]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +13,13 @@ import numpy.typing as npt
 from mla_deploy.bundle import Bundle
 from mla_deploy.errors import BundleError, UsageError
 from mla_deploy.runtime import _runtime
+from mla_deploy.runtime.bundle_text import BundleText
 from mla_deploy.runtime.cancellation import Cancellation
 from mla_deploy.runtime.generation import Generation, GenerationResult
 from mla_deploy.runtime.native import Logits, onnxruntime_library, require_engine, token_array
 from mla_deploy.runtime.ops import Kernels, choose
 from mla_deploy.runtime.options import GenerationOptions
 from mla_deploy.runtime.session import Session
-from mla_deploy.tokenizer import TOKENIZER, Tokenizer
 
 PREFILL_CHUNK = 512
 MOST, MOST_TOKENS = (1 << 32) - 1, (1 << 64) - 1
@@ -105,7 +104,7 @@ def _load_tensorrt(
     return cast("Engine", load_tensorrt(bundle, max_tokens))
 
 
-class Engine:
+class Engine(BundleText):
     """A loaded bundle. Made by `load`.
 
     It computes in C++ (`csrc/core/`), without Python's lock. Sessions may be used from several
@@ -132,26 +131,6 @@ class Engine:
     def free_tokens(self) -> int:
         """Tokens of `capacity_tokens` in pages that no session uses now."""
         return self._core.free_tokens
-
-    @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The bundle's tokenizer.
-
-        Raises:
-            TokenizerError: the bundle has none, or it is broken.
-        """
-        return Tokenizer.open(self.bundle)
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether the bundle brings a tokenizer; without one, prompts are token ids."""
-        return self.bundle.has(TOKENIZER)
-
-    @functools.cached_property
-    def eos_token_ids(self) -> frozenset[int]:
-        """Tokens that end a text, by the manifest and by the tokenizer."""
-        ids = frozenset(self.bundle.manifest.model.eos_token_ids)
-        return ids.union(self.tokenizer.eos_token_ids) if self.has_tokenizer else ids
 
     def session(self) -> Session:
         """An empty session."""

@@ -1,13 +1,14 @@
 """Running a bundle of TensorRT engines: the session API of `engine.py` over `tensorrt_graph.py`.
 
-An engine computes one sequence at a time, and its GPU memory holds the cache of one. So an engine
-here has one open session; a step for several sessions, forks and files of sessions are refused.
+An engine computes one sequence at a time. With the plugin the cache is of pages, and there may be
+several sessions and forks; a step for several computes one after the other. Without it there is one
+session. Files of sessions are not to be had.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,13 +17,15 @@ import numpy.typing as npt
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.errors import SessionError, UsageError
+from mla_deploy.runtime.bundle_text import BundleText
 from mla_deploy.runtime.closing import Closing
 from mla_deploy.runtime.generation import GenerationResult
+from mla_deploy.runtime.native import Logits, token_array
 from mla_deploy.runtime.options import GenerationOptions
+from mla_deploy.runtime.tensorrt_cache import Place
 from mla_deploy.runtime.tensorrt_device import open_engine
 from mla_deploy.runtime.tensorrt_generation import TensorRtGeneration
-from mla_deploy.runtime.tensorrt_graph import Logits, TensorRtGraph
-from mla_deploy.tokenizer import TOKENIZER, Tokenizer
+from mla_deploy.runtime.tensorrt_graph import TensorRtGraph
 
 
 def load_tensorrt(bundle: Bundle, max_tokens: int | None) -> TensorRtEngine:
@@ -47,43 +50,22 @@ class EngineKernels:
         return f"{self.name} ({self.reason})"
 
 
-class TensorRtEngine:
+class TensorRtEngine(BundleText):
     """A loaded bundle; attributes and methods as those of `Engine`."""
 
     def __init__(self, bundle: Bundle, graph: TensorRtGraph) -> None:
         self.bundle = bundle
         self.lock = threading.RLock()
         self._graph = graph
-        self._open: TensorRtSession | None = None
+        self.cache = graph.cache
         self.capacity_tokens = graph.capacity
         self.kv_bytes_per_token = graph.bytes_per_token
         self.kernels = EngineKernels()
 
-    @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The bundle's tokenizer; TokenizerError if it has none."""
-        return Tokenizer.open(self.bundle)
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether the bundle brings a tokenizer."""
-        return self.bundle.has(TOKENIZER)
-
-    @functools.cached_property
-    def eos_token_ids(self) -> frozenset[int]:
-        """Tokens that end a text, by the manifest and by the tokenizer."""
-        ids = frozenset(self.bundle.manifest.model.eos_token_ids)
-        return ids.union(self.tokenizer.eos_token_ids) if self.has_tokenizer else ids
-
     def session(self) -> TensorRtSession:
-        """An empty session; SessionError while another is open."""
+        """An empty session; without the plugin a SessionError while another is open."""
         with self.lock:
-            if self._open is not None and not self._open.closed:
-                raise SessionError(
-                    "a TensorRT bundle has one session at a time", hint="close the other first"
-                )
-            self._open = TensorRtSession(self)
-            return self._open
+            return TensorRtSession(self, self.cache.open())
 
     def generate(
         self,
@@ -116,11 +98,9 @@ class TensorRtEngine:
     def check_ids(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> list[int]:
         """The ids as a list; UsageError unless they are token ids of this model."""
         vocab_size = self.bundle.manifest.model.vocab_size
-        array = np.asarray(ids)
-        if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":
-            raise UsageError(
-                "tokens must be a flat list of integers", found=repr(ids)[:80], allowed="token ids"
-            )
+        array = token_array(ids)
+        if not len(array):
+            raise UsageError("there are no tokens", hint="give at least one")
         outside = array[(array < 0) | (array >= vocab_size)]
         if len(outside):
             raise UsageError(
@@ -139,57 +119,88 @@ class TensorRtEngine:
         all_logits: bool = False,
         positions: Sequence[Sequence[int]] | None = None,
     ) -> list[Logits]:
-        """Append tokens to the session. Arguments, result and errors: as `Engine.step`."""
-        if len(requests) != 1:
-            raise UsageError(
-                "an engine computes one sequence at a time", found=len(requests), allowed="1"
-            )
+        """Append tokens to sessions, one after the other. Arguments, result and errors: as
+        `Engine.step`."""
         if all_logits and positions is not None:
             raise UsageError("all_logits and positions exclude each other")
-        session, ids = requests[0]
+        if positions is not None and len(positions) != len(requests):
+            raise UsageError(
+                "every request needs its list of positions",
+                found=len(positions),
+                allowed=len(requests),
+            )
+        if len({id(session) for session, _ in requests}) < len(requests):
+            raise UsageError("a session is given twice")
         with self.lock:
-            session.check_open()
-            checked = self.check_ids(ids)
-            if len(checked) > session.room:
+            several = [(session, self._check_request(session, ids)) for session, ids in requests]
+            self._check_room(several)
+            wanted = [
+                _wanted(len(ids), all_logits, None if positions is None else positions[index])
+                for index, (_, ids) in enumerate(several)
+            ]
+            results = []
+            for (session, ids), at in zip(several, wanted, strict=True):
+                order = sorted(set(at))
+                rows = self._graph.append(session.place, ids, session.length, order)
+                session.appended(ids)
+                logits = rows[[order.index(one) for one in at]]
+                results.append(logits if all_logits or positions is not None else logits[0])
+            return results
+
+    def _check_request(self, session: TensorRtSession, ids: Sequence[int]) -> list[int]:
+        if session.engine is not self:
+            raise UsageError("the session is of another engine")
+        session.check_open()
+        return self.check_ids(ids)
+
+    def _check_room(self, requests: Sequence[tuple[TensorRtSession, list[int]]]) -> None:
+        """Before the first of them changes."""
+        for session, ids in requests:
+            if len(ids) > session.room:
                 raise SessionError(
                     "the cache is full, or the model's context too short",
-                    found=f"{session.length} tokens in the session and {len(checked)} new ones",
+                    found=f"{session.length} tokens in the session and {len(ids)} new ones",
                     allowed=f"{session.room} new ones",
-                    hint="shorten the prompt, or rewind the session",
+                    hint="shorten the prompt, or rewind or close sessions",
                 )
-            wanted = [len(checked) - 1]
-            if all_logits:
-                wanted = list(range(len(checked)))
-            elif positions is not None:
-                wanted = list(positions[0])
-                if any(not 0 <= at < len(checked) for at in wanted):
-                    raise UsageError(
-                        "a position is not among the new tokens",
-                        found=wanted,
-                        allowed=f"0 to {len(checked) - 1}",
-                    )
-            order = sorted(set(wanted))
-            rows = self._graph.append(checked, session.length, order)
-            session.appended(checked)
-            logits = rows[[order.index(at) for at in wanted]]
-            return [logits if all_logits or positions is not None else logits[0]]
-
-    def repeat(self, whole: int, length: int) -> None:
-        """For sessions: fill the cache with copies."""
-        self._graph.repeat(whole, length)
+        needed = sum(self.cache.needed(s.place, s.length, len(ids)) for s, ids in requests)
+        if needed > self.cache.free:
+            raise SessionError(
+                "the cache has no room for all of these sessions together",
+                found=f"{needed} pages",
+                allowed=f"{self.cache.free} pages",
+                hint="give fewer sessions or tokens, or close sessions",
+            )
 
     def close(self) -> None:
         """Free the GPU's memory."""
         self._graph.close()
 
 
-class TensorRtSession(Closing):
-    """The sequence in the cache; methods as those of `Session`."""
+def _wanted(count: int, all_logits: bool, positions: Sequence[int] | None) -> list[int]:
+    """Which of the new tokens' logits."""
+    if all_logits:
+        return list(range(count))
+    if positions is None:
+        return [count - 1]
+    if any(not 0 <= at < count for at in positions):
+        raise UsageError(
+            "a position is not among the new tokens",
+            found=list(positions),
+            allowed=f"0 to {count - 1}",
+        )
+    return list(positions)
 
-    def __init__(self, engine: TensorRtEngine) -> None:
+
+class TensorRtSession(Closing):
+    """A sequence in the cache; methods as those of `Session`."""
+
+    def __init__(self, engine: TensorRtEngine, place: Place, tokens: Sequence[int] = ()) -> None:
+        """Use `TensorRtEngine.session` or `fork`."""
         self.engine = engine
-        self._tokens: list[int] = []
-        self._closed = False
+        self.place = place
+        self._tokens = list(tokens)
+        self._give_back = weakref.finalize(self, engine.cache.close, place)
 
     @property
     def length(self) -> int:
@@ -204,13 +215,14 @@ class TensorRtSession(Closing):
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._closed
+        return not self._give_back.alive
 
     @property
     def room(self) -> int:
         """Tokens that can be added now."""
         context = self.engine.bundle.manifest.model.max_position_embeddings
-        return max(0, min(context, self.engine.capacity_tokens) - self.length)
+        room = self.engine.cache.room(self.place, self.length)
+        return max(0, min(context - self.length, room))
 
     @property
     def cache_bytes(self) -> int:
@@ -232,7 +244,9 @@ class TensorRtSession(Closing):
             raise SessionError(
                 "a session cannot be rewound to there", found=length, allowed=f"0 to {self.length}"
             )
-        del self._tokens[length:]
+        with self.engine.lock:
+            self.engine.cache.trim(self.place, length)
+            del self._tokens[length:]
 
     def rewind_to_prefix(self, ids: Sequence[int]) -> int:
         """Forget what differs from `ids`; how many tokens of them stay."""
@@ -254,18 +268,29 @@ class TensorRtSession(Closing):
             raise SessionError(
                 "the cache cannot be filled", found=f"{length} tokens", allowed=f"1 to {self.room}"
             )
-        self.engine.repeat(whole, length)
-        self._tokens = (self._tokens * -(-length // whole))[:length]
+        with self.engine.lock:
+            self.engine.cache.repeat(self.place, whole, length)
+            self._tokens = (self._tokens * -(-length // whole))[:length]
+
+    def fork(self) -> TensorRtSession:
+        """Another session with the same tokens; takes no memory until one of them goes on.
+
+        Raises:
+            SessionError: the session is closed, or the engine has no plugin.
+        """
+        self.check_open()
+        with self.engine.lock:
+            return TensorRtSession(self.engine, self.engine.cache.fork(self.place), self._tokens)
 
     def close(self) -> None:
         """Give the cache back. Closing again does nothing."""
-        if not self._closed:
-            self.rewind(0)
-            self._closed = True
+        with self.engine.lock:
+            self._give_back()
+            self._tokens.clear()
 
     def check_open(self) -> None:
         """Raise a SessionError if the session is closed."""
-        if self._closed:
+        if self.closed:
             raise SessionError("the session is closed", hint="make another with Engine.session()")
 
     def appended(self, ids: Sequence[int]) -> None:

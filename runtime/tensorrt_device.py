@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mla_deploy.bundle import Bundle, EngineInfo, TensorRtInfo
 from mla_deploy.errors import BundleError, UsageError
 from mla_deploy.gpu import gpu_target
-from mla_deploy.runtime.tensorrt_rows import Array
+from mla_deploy.runtime.tensorrt_cache import Array
+from mla_deploy.runtime.tensorrt_plugin import (
+    PLUGIN,
+    PLUGIN_NAMESPACE,
+    require_plugin_library,
+)
 
 
 def engine_for(info: TensorRtInfo, path: str, target: str | None) -> EngineInfo:
@@ -58,7 +64,7 @@ def open_engine(bundle: Bundle) -> tuple[CudaDevice, TensorRtExecution]:
     """The engine of a bundle on this machine's GPU.
 
     Raises:
-        UsageError: no GPU, or TensorRT or cuda-python is not installed.
+        UsageError: no GPU, or TensorRT, cuda-python or a plugin that is needed is not installed.
         BundleError: no engine for this GPU and this TensorRT, or it cannot be loaded.
     """
     info = bundle.manifest.tensorrt
@@ -66,12 +72,30 @@ def open_engine(bundle: Bundle) -> tuple[CudaDevice, TensorRtExecution]:
     entry = engine_for(info, str(bundle.path), gpu_target())
     trt = _import(info.module, "pip install 'mla-deploy[tensorrt]', or take JetPack's TensorRT")
     check_version(info, str(bundle.path), entry.target, trt.__version__)
+    if info.plugin:
+        load_plugin(trt, require_plugin_library())
     device = CudaDevice()
     try:
         return device, TensorRtExecution(trt, bundle, entry, device.stream)
     except BaseException:
         device.close()
         raise
+
+
+def load_plugin(trt: Any, library: Path) -> None:
+    """Make LatentAttention known to TensorRT. Again does nothing.
+
+    Raises:
+        UsageError: the library cannot be loaded.
+    """
+    registry = trt.get_plugin_registry()
+    registry.load_library(str(library))  # None where it failed, and where it was loaded before
+    if registry.get_creator(PLUGIN, "1", PLUGIN_NAMESPACE) is None:
+        raise UsageError(
+            "TensorRT cannot load the plugin",
+            found=str(library),
+            hint="see that libmla_deploy_cuda.so lies beside it, and install from source again",
+        )
 
 
 class TensorRtExecution:
@@ -111,7 +135,7 @@ class TensorRtExecution:
 
 
 class CudaDevice:
-    """CUDA's runtime through cuda-python; `tensorrt_rows.Device`."""
+    """CUDA's runtime through cuda-python; `tensorrt_cache.Device`."""
 
     def __init__(self) -> None:
         self._cuda = _import("cuda.bindings.runtime", "pip install cuda-python")

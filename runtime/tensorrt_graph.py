@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from mla_deploy.bundle import Manifest, ProfileInfo
 from mla_deploy.errors import SessionError
-from mla_deploy.runtime.tensorrt_rows import Device, RowCache
-
-Logits = npt.NDArray[np.float32]
+from mla_deploy.runtime.native import Logits
+from mla_deploy.runtime.tensorrt_cache import Cache, Device, Place
+from mla_deploy.runtime.tensorrt_pages import PageCache
+from mla_deploy.runtime.tensorrt_rows import RowCache
 
 
 class Execution(Protocol):
@@ -38,7 +38,8 @@ class TensorRtGraph:
     """Feeds an engine.
 
     Attributes:
-        capacity: tokens that the cache of a session holds.
+        cache: of all sessions.
+        capacity: tokens that it holds.
     """
 
     def __init__(
@@ -48,34 +49,34 @@ class TensorRtGraph:
         self._profiles: list[ProfileInfo] = manifest.tensorrt.profiles
         self._device, self._execution = device, execution
         self._vocab_size = manifest.model.vocab_size
-        self._page = manifest.cache.page_tokens
-        self._parts = [
-            (f"cache.{layer}.{part.name}", int(np.prod(part.page_shape[1:])))
-            for layer, cache in enumerate(manifest.cache.layers)
-            for part in cache.parts
-        ]
+        page = manifest.cache.page_tokens
         most = self._profiles[0].rows[2]
-        wanted = most if max_tokens is None else -(-max_tokens // self._page) * self._page
+        wanted = most if max_tokens is None else -(-max_tokens // page) * page
         self.capacity = min(most, wanted)
         self._chunk, self._most_logits = self._profiles[1].tokens[2], self._profiles[1].logits[2]
-        self._cache = RowCache(device, manifest.cache, self.capacity, self._chunk)
-        self.bytes_per_token = self._cache.bytes_per_token
+        self.cache: Cache = (
+            PageCache(device, manifest.cache, self.capacity)
+            if manifest.tensorrt.plugin
+            else RowCache(device, manifest.cache, self.capacity, self._chunk)
+        )
+        self.bytes_per_token = self.cache.bytes_per_token
         self._ids = device.allocate(8 * self._chunk)
         self._past = device.allocate(8)
         self._index = device.allocate(8 * self._most_logits)
         self._logits = device.allocate(4 * self._most_logits * self._vocab_size)
         self._profile = -1
-        self._addresses = self._cache.addresses() | {
+        self._addresses = self.cache.addresses() | {
             "input_ids": self._ids,
             "past_lengths": self._past,
             "logit_index": self._index,
             "logits": self._logits,
         }
 
-    def append(self, ids: Sequence[int], past: int, wanted: Sequence[int]) -> Logits:
-        """Append tokens behind the first `past` of the cache.
+    def append(self, place: Place, ids: Sequence[int], past: int, wanted: Sequence[int]) -> Logits:
+        """Append tokens behind the first `past` of a session.
 
         Args:
+            place: of the session in the cache.
             wanted: positions in `ids`, rising, whose logits are wanted.
 
         Returns:
@@ -84,11 +85,12 @@ class TensorRtGraph:
         Raises:
             SessionError: the cache has no room for them.
         """
-        if past + len(ids) > self.capacity:
+        room = self.cache.room(place, past)
+        if len(ids) > room:
             raise SessionError(
                 "the cache is full",
                 found=f"{len(ids)} new tokens after {past}",
-                allowed=f"{self.capacity} together",
+                allowed=f"{room} new ones",
                 hint="export with a larger --max-tokens, or rewind the session",
             )
         result = np.empty((len(wanted), self._vocab_size), dtype=np.float32)
@@ -99,12 +101,12 @@ class TensorRtGraph:
             if len(here) > self._most_logits:  # a shorter step, so that all its logits fit
                 here = here[: self._most_logits]
                 count = here[-1] + 1
-            rows = self._step(ids[start : start + count], past + start, here)
+            rows = self._step(place, ids[start : start + count], past + start, here)
             result[filled : filled + len(here)] = rows[: len(here)]
             start, filled = start + count, filled + len(here)
         return result
 
-    def _step(self, ids: Sequence[int], past: int, wanted: Sequence[int]) -> Logits:
+    def _step(self, place: Place, ids: Sequence[int], past: int, wanted: Sequence[int]) -> Logits:
         """One run of the engine. At least one row of logits comes, also if none is wanted."""
         index = list(wanted) or [len(ids) - 1]
         profile = 0 if len(ids) == 1 else 1
@@ -120,21 +122,15 @@ class TensorRtGraph:
         ):
             array = np.array(values, dtype=np.int64)
             self._device.upload(address, array)
-            shape = (1,) if name == "past_lengths" else (1, len(array))
+            self._execution.set_shape(name, (1,) if name == "past_lengths" else (1, len(array)))
+        for name, shape in self.cache.shapes(past + len(ids)).items():
             self._execution.set_shape(name, shape)
-        # Whole pages, so that shapes seldom change.
-        rows = -(-(past + len(ids)) // self._page) * self._page
-        for name, width in self._parts:
-            self._execution.set_shape(name, (1, rows, width))
+        self.cache.before_step(place, past, len(ids))
         self._execution.run()
-        self._cache.append(past, len(ids))
+        self.cache.after_step(place, past, len(ids))
         logits = np.empty((len(index), self._vocab_size), dtype=np.float32)
         self._device.download(self._logits, logits)
         return logits
-
-    def repeat(self, whole: int, length: int) -> None:
-        """Fill the cache up to `length` tokens with copies of the first `whole`."""
-        self._cache.repeat(whole, length)
 
     def close(self) -> None:
         """Free the engine and all memory."""

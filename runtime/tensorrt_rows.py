@@ -13,40 +13,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from mla_deploy.bundle import CacheInfo
+from mla_deploy.errors import SessionError
+from mla_deploy.runtime.tensorrt_cache import Device, Place
 
 ALIGNMENT = 256
 """Of addresses given to TensorRT."""
-
-Array = npt.NDArray[np.generic]
-
-
-class Device(Protocol):
-    """Memory of the GPU, and a stream on which all work is done in order."""
-
-    stream: int
-
-    def allocate(self, size: int) -> int:
-        """The address of so many bytes, zeroed. Freed with the device."""
-
-    def upload(self, address: int, array: Array) -> None:
-        """Copy an array to the GPU."""
-
-    def download(self, address: int, array: Array) -> None:
-        """Copy from the GPU into an array, and wait for all work before it."""
-
-    def copy_rows(
-        self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, height: int
-    ) -> None:
-        """Copy `height` lines of `width` bytes, on the GPU."""
-
-    def close(self) -> None:
-        """Free everything."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +29,7 @@ class _Part:
     """One part of the cache in all layers that have it."""
 
     name: str
+    width: int
     row_bytes: int
     layers: tuple[int, ...]
     arena: int
@@ -75,24 +51,33 @@ class RowCache:
             capacity: rows of the arena.
             chunk: new rows of a step at most.
         """
-        self._device = device
-        layers: dict[tuple[str, int], list[int]] = {}
+        self._device, self._page, self._capacity = device, cache.page_tokens, capacity
+        self._taken = False
+        layers: dict[tuple[str, int, int], list[int]] = {}
         for index, layer in enumerate(cache.layers):
             for part in layer.parts:
-                width = math.prod(part.page_shape[1:]) * np.dtype(part.dtype).itemsize
-                layers.setdefault((part.name, width), []).append(index)
+                width = math.prod(part.page_shape[1:])
+                row_bytes = width * np.dtype(part.dtype).itemsize
+                layers.setdefault((part.name, width, row_bytes), []).append(index)
         self._parts = [
-            self._part(name, width, tuple(where), capacity, chunk)
-            for (name, width), where in layers.items()
+            self._part(name, width, row_bytes, tuple(where), capacity, chunk)
+            for (name, width, row_bytes), where in layers.items()
         ]
         self.bytes_per_token = sum(part.row_bytes * len(part.layers) for part in self._parts)
 
     def _part(
-        self, name: str, row_bytes: int, layers: tuple[int, ...], capacity: int, chunk: int
+        self,
+        name: str,
+        width: int,
+        row_bytes: int,
+        layers: tuple[int, ...],
+        capacity: int,
+        chunk: int,
     ) -> _Part:
         arena_pitch, staging_pitch = (_aligned(rows * row_bytes) for rows in (capacity, chunk))
         return _Part(
             name=name,
+            width=width,
             row_bytes=row_bytes,
             layers=layers,
             arena=self._device.allocate(arena_pitch * len(layers)),
@@ -110,7 +95,53 @@ class RowCache:
                 found[f"new.{layer}.{part.name}"] = part.staging + line * part.staging_pitch
         return found
 
-    def append(self, past: int, count: int) -> None:
+    def shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the engine's cache inputs, with rows for so many tokens."""
+        rows = -(-tokens // self._page) * self._page  # whole pages, so that shapes seldom change
+        return {
+            f"cache.{layer}.{part.name}": (1, rows, part.width)
+            for part in self._parts
+            for layer in part.layers
+        }
+
+    @property
+    def free(self) -> int:
+        """Rows: those behind the session's tokens are free whatever they hold."""
+        return self._capacity
+
+    def open(self) -> Place:
+        """The only place; SessionError while it is taken."""
+        if self._taken:
+            raise SessionError(
+                "an engine without the plugin has one session at a time",
+                hint="close the other first, or export with --plugin",
+            )
+        self._taken = True
+        return Place()
+
+    def fork(self, place: Place) -> Place:
+        """Raises a SessionError."""
+        return self.open()
+
+    def trim(self, place: Place, length: int) -> None:
+        """Nothing."""
+
+    def close(self, place: Place) -> None:
+        """Give the place back."""
+        self._taken = False
+
+    def room(self, place: Place, length: int) -> int:
+        """Tokens that can be added behind the first `length`."""
+        return self._capacity - length
+
+    def needed(self, place: Place, length: int, count: int) -> int:
+        """Rows of all tokens."""
+        return length + count
+
+    def before_step(self, place: Place, past: int, count: int) -> None:
+        """Nothing: the engine gives the rows of as many tokens as it is given."""
+
+    def after_step(self, place: Place, past: int, count: int) -> None:
         """Copy the first `count` rows of the staging area behind the first `past` of the arena."""
         for part in self._parts:
             self._device.copy_rows(
@@ -122,7 +153,7 @@ class RowCache:
                 len(part.layers),
             )
 
-    def repeat(self, whole: int, length: int) -> None:
+    def repeat(self, place: Place, whole: int, length: int) -> None:
         """Fill up to `length` rows with copies of the first `whole`."""
         for part in self._parts:
             for start in range(whole, length, whole):

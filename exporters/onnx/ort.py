@@ -257,6 +257,30 @@ _SWIGLU_ATTRIBUTES: dict[str, Any] = {
 }
 
 
+def attention_attributes(
+    c: Context,
+    w_uk: Weight,
+    w_uv: Weight,
+    cache_format: str,
+    softmax_scale: float,
+    latent_norm_epsilon: float,
+    mode: str,
+) -> dict[str, Any]:
+    """Attributes of the node `ai.mla_deploy::LatentAttention`."""
+    heads, nope, rank = w_uk.shape
+    return {
+        "cache_format": cache_format,
+        "kv_lora_rank": rank,
+        "latent_norm_epsilon": latent_norm_epsilon,
+        "mode": mode,
+        "num_heads": heads,
+        "qk_nope_head_dim": nope,
+        "qk_rope_head_dim": 2 * c.fakes[2].shape[-1],
+        "softmax_scale": softmax_scale,
+        "v_head_dim": w_uv.shape[2],
+    }
+
+
 def _latent_attention(
     c: Context,
     functions: AttentionFunctions,
@@ -275,18 +299,9 @@ def _latent_attention(
     latent_norm_epsilon: float,
     mode: str,
 ) -> tuple[ir.Value, list[ir.Value]]:
-    heads, nope, rank = w_uk.shape
-    attributes = {
-        "cache_format": cache_format,
-        "kv_lora_rank": rank,
-        "latent_norm_epsilon": latent_norm_epsilon,
-        "mode": mode,
-        "num_heads": heads,
-        "qk_nope_head_dim": nope,
-        "qk_rope_head_dim": 2 * c.fakes[2].shape[-1],
-        "softmax_scale": softmax_scale,
-        "v_head_dim": w_uv.shape[2],
-    }
+    attributes = attention_attributes(
+        c, w_uk, w_uv, cache_format, softmax_scale, latent_norm_epsilon, mode
+    )
     # The scope has the layer; the node is the one people look for.
     output, *present = c.builder.op(
         "LatentAttention",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -131,6 +134,7 @@ def build_engine(
     inputs: Sequence[TensorInfo],
     profiles: Sequence[ProfileInfo],
     *,
+    plugin: Path | None = None,
     timeout: float = TIMEOUT,
     progress: Progress | None = None,
     log: Path | None = None,
@@ -140,6 +144,7 @@ def build_engine(
     Args:
         onnx: the graph, its weights beside it.
         engine: file to write.
+        plugin: the library that the graph needs, if any.
         timeout: seconds.
         log: file for everything that TensorRT says.
 
@@ -152,10 +157,12 @@ def build_engine(
         "engine": str(engine),
         "target": target,
         "profiles": [_shapes(inputs, profile) for profile in profiles],
+        "plugin": None if plugin is None else str(plugin),
         "log": None if log is None else str(log),
     }
     try:
-        result = _run(request, timeout, progress)
+        with _environment(wanted.module, plugin) as environment:
+            result = _run(request, environment, timeout, progress)
     except BaseException:
         engine.unlink(missing_ok=True)
         raise
@@ -175,12 +182,34 @@ def worker_command() -> list[str]:
     return [sys.executable, "-m", "mla_deploy.exporters.tensorrt.worker"]
 
 
-def _run(request: dict[str, Any], timeout: float, progress: Progress | None) -> dict[str, Any]:
+@contextmanager
+def _environment(module: str, plugin: Path | None) -> Iterator[dict[str, str]]:
+    """The worker's: with a plugin, TensorRT-RTX's parser opens its main library under a name that
+    the package does not have."""
+    spec = importlib.util.find_spec(f"{module}_libs") if plugin is not None else None
+    if spec is None or not spec.submodule_search_locations:
+        yield dict(os.environ)
+        return
+    with tempfile.TemporaryDirectory() as links:
+        for library in Path(spec.submodule_search_locations[0]).glob("*.so.*"):
+            (Path(links) / library.name[: library.name.index(".so") + 3]).symlink_to(library)
+        others = os.environ.get("LD_LIBRARY_PATH")
+        path = links if not others else f"{links}{os.pathsep}{others}"
+        yield os.environ | {"LD_LIBRARY_PATH": path}
+
+
+def _run(
+    request: dict[str, Any],
+    environment: dict[str, str],
+    timeout: float,
+    progress: Progress | None,
+) -> dict[str, Any]:
     process = subprocess.Popen(
         worker_command(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        env=environment,
         text=True,
     )
     try:
@@ -246,10 +275,9 @@ def _messages(
 
 def _shapes(inputs: Sequence[TensorInfo], profile: ProfileInfo) -> dict[str, list[list[int]]]:
     """Least, usual and most shape of every input."""
-    extents = {"tokens": profile.tokens, "rows": profile.rows, "logits": profile.logits}
     return {
         one.name: [
-            [extents[size][which] if isinstance(size, str) else size for size in one.shape]
+            [profile.extent(size)[which] if isinstance(size, str) else size for size in one.shape]
             for which in range(3)
         ]
         for one in inputs

@@ -28,7 +28,7 @@ from mla_deploy.bundle import (
     describe_file,
     write_manifest,
 )
-from mla_deploy.cache import PAGE_TOKENS, cache_record
+from mla_deploy.cache import PAGE_TOKENS
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import BundleError, UsageError
@@ -54,7 +54,9 @@ from mla_deploy.exporters.tensorrt.capability import (
     check_target,
 )
 from mla_deploy.exporters.tensorrt.context_model import context_model
+from mla_deploy.exporters.tensorrt.plugin import TensorRtPlugin, check_plugin
 from mla_deploy.exporters.tensorrt.target import TensorRt
+from mla_deploy.model import cache_parts
 from mla_deploy.output import check_output, check_space, new_folder, writing
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -81,6 +83,10 @@ class TensorRtOptions:
     """New tokens of one step at most. Scratch memory grows with it."""
     timeout: float = TIMEOUT
     """Seconds for each engine."""
+    plugin: bool = False
+    """Keep latent attention as a node, which the plugin computes with the CUDA kernels."""
+    plugin_library: Path | None = None
+    """The plugin; engines of such a graph are built with it."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +121,17 @@ def export_tensorrt(
     wanted = check_options(options)
     if not options.onnx_only:
         check_backend(wanted, options.targets)
+        _check_library(options, options.plugin)
     if (source / MANIFEST).is_file():
         return _build_bundle(source, out, options, wanted, force, progress, start)
     checkpoint = Checkpoint(source)
     config = checkpoint.config
     require_tokenizer(source)
     check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
-    graph = build_graph(config, checkpoint, TensorRt(wanted, DTYPES[options.dtype]))
+    if options.plugin:
+        check_plugin(config)
+    target = (TensorRtPlugin if options.plugin else TensorRt)(wanted, DTYPES[options.dtype])
+    graph = build_graph(config, checkpoint, target)
     initializers = list(graph.builder.initializers.values())
     weights = sum(one.nbytes for one in initializers)
     _check_room(out, weights, options)
@@ -145,7 +155,7 @@ def export_tensorrt(
             graph=GraphInfo(
                 path=GRAPH_FILE, backend="tensorrt", lowering=wanted.name, opset=wanted.opset
             ),
-            cache=cache_info(config),
+            cache=cache_info(config, pages=options.plugin),
             recipe=config.recipe.to_json(),
             files=[],
             tensorrt=TensorRtInfo(
@@ -153,6 +163,7 @@ def export_tensorrt(
                 version=None,
                 dtype=str(DTYPES[options.dtype]).removeprefix("torch."),
                 profiles=profiles(config.max_position_embeddings, options),
+                plugin=options.plugin,
                 engines=[],
                 inputs=inputs,
                 outputs=outputs,
@@ -166,15 +177,14 @@ def export_tensorrt(
             (folder / GRAPH_FILE).unlink()
             data.unlink()
         size = _finish(folder, manifest, names)
-    per_layer = cache_record(config.recipe.cache_format).bytes_per_token(
-        config.kv_lora_rank, config.qk_rope_head_dim
-    )
     return TensorRtReport(
         bundle=out,
         bytes=size,
         seconds=time.monotonic() - start,
         nodes=len(graph.builder.nodes),
-        kv_bytes_per_token=per_layer * config.num_hidden_layers,
+        kv_bytes_per_token=sum(
+            part.bytes_per_token for parts in cache_parts(config) for part in parts
+        ),
         engines=tuple(built),
     )
 
@@ -215,7 +225,18 @@ def check_options(options: TensorRtOptions) -> Capability:
         check_target(target, wanted)
     if options.dtype == "bf16" and "sm75" in options.targets:
         raise UsageError("sm75 has no bfloat16", found="--dtype bf16", allowed="fp16, fp32")
+    if options.plugin and "sm75" in options.targets:
+        raise UsageError("the plugin's kernels need sm80 or later", found="--target sm75")
     return wanted
+
+
+def _check_library(options: TensorRtOptions, is_needed: bool) -> None:
+    if is_needed and options.plugin_library is None:
+        raise UsageError(
+            "engines with the plugin are built with its library, and this installation has none",
+            hint="write the graph alone with --onnx-only, or install from source with "
+            "-DMLA_CUDA=ON -DMLA_TENSORRT=ON: docs/tensorrt.md",
+        )
 
 
 def profiles(context: int, options: TensorRtOptions) -> list[ProfileInfo]:
@@ -230,18 +251,23 @@ def profiles(context: int, options: TensorRtOptions) -> list[ProfileInfo]:
     ]
 
 
-def cache_info(config: MlaConfig) -> CacheInfo:
-    """The manifest's part on the cache: rows of the parts, whatever their layout in pages."""
-    name = config.recipe.cache_format
-    parts = [
-        CachePartInfo(
-            name=part.name,
-            dtype=str(part.dtype).removeprefix("torch."),
-            page_shape=[PAGE_TOKENS, part.width],
+def cache_info(config: MlaConfig, *, pages: bool = False) -> CacheInfo:
+    """The manifest's part on the cache: the record's pages, or rows of its parts."""
+    formats = config.recipe.cache_formats(config.num_hidden_layers)
+    layers = [
+        LayerCache(
+            format=name,
+            parts=[
+                CachePartInfo(
+                    name=part.name,
+                    dtype=str(part.dtype).removeprefix("torch."),
+                    page_shape=list(part.page_shape) if pages else [PAGE_TOKENS, part.width],
+                )
+                for part in parts
+            ],
         )
-        for part in cache_record(name).parts(config.kv_lora_rank, config.qk_rope_head_dim)
+        for name, parts in zip(formats, cache_parts(config), strict=True)
     ]
-    layers = [LayerCache(format=name, parts=parts) for _ in range(config.num_hidden_layers)]
     return CacheInfo(page_tokens=PAGE_TOKENS, layers=layers)
 
 
@@ -269,6 +295,9 @@ def _build_bundle(
             allowed=made_for,
             hint=f"use --compat {made_for}, or export the model again",
         )
+    if options.plugin and not bundle.manifest.tensorrt.plugin:
+        raise UsageError("the graph was made without the plugin", hint="leave --plugin out")
+    _check_library(options, bundle.manifest.tensorrt.plugin)
     check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
     graph = bundle.file(GRAPH_FILE)
     _check_room(out, bundle.file(f"{GRAPH_FILE}.data").stat().st_size, options)
@@ -317,6 +346,7 @@ def _build_all(
             target,
             info.inputs,
             info.profiles,
+            plugin=options.plugin_library if info.plugin else None,
             timeout=options.timeout,
             progress=progress,
         )

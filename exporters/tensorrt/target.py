@@ -15,6 +15,8 @@ the new tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 import torch
 
@@ -29,7 +31,7 @@ class TensorRt(Target):
     """A graph for TensorRT's parser."""
 
     batch = 1
-    sequence_inputs = ("input_ids", "past_lengths", "logit_index")
+    sequence_inputs: Sequence[str] = ("input_ids", "past_lengths", "logit_index")
 
     def __init__(self, capability: Capability, dtype: torch.dtype) -> None:
         """Args:

@@ -38,13 +38,16 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     """
     Args:
         request: `module`, `onnx`, `engine` (file to write), `target`, `profiles` (for each the
-            least, usual and most shape of every input), `log` (file to write, or None).
+            least, usual and most shape of every input), `plugin` (library to load, or None), `log`
+            (file to write, or None).
     """
     start = time.monotonic()
     trt = importlib.import_module(request["module"])
     logger = _logger(trt)
     builder = trt.Builder(logger)
     flag = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    if request["plugin"] and trt.get_plugin_registry().load_library(request["plugin"]) is None:
+        raise _BuildError(f"TensorRT cannot load {request['plugin']}")
     network = builder.create_network(flag)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(request["onnx"]):
@@ -53,6 +56,8 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     config.max_aux_streams = 0  # each stream would have scratch memory of its own
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = _monitor(trt)
+    if request["plugin"]:  # the cache is written in place
+        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if hasattr(config, "set_compute_capability"):
         config.num_compute_capabilities = 1
         kind = getattr(trt.ComputeCapability, request["target"].upper())

@@ -32,6 +32,9 @@ FORMATS = ("onnx", "tensorrt")
 )
 @click.option("--compat", help="TensorRT: the version, rtx1.7 (default), trt11, trt10.15, trt10.3.")
 @click.option("--dtype", help="TensorRT: type of activations, fp16 (default), bf16, fp32.")
+@click.option(
+    "--plugin", is_flag=True, help="TensorRT: keep latent attention as one node, for the plugin."
+)
 @click.option("--onnx-only", is_flag=True, help="TensorRT: write the graph, build no engine.")
 @click.option("--max-tokens", type=int, help="TensorRT: longest context. Default: 8192.")
 @click.option("--prefill-chunk", type=int, help="TensorRT: most new tokens a step. Default: 256.")
@@ -46,6 +49,7 @@ def command(
     gpus: tuple[str, ...],
     compat: str | None,
     dtype: str | None,
+    plugin: bool,
     onnx_only: bool,
     max_tokens: int | None,
     prefill_chunk: int | None,
@@ -71,6 +75,7 @@ def command(
         "targets": gpus or None,
         "compat": compat,
         "dtype": dtype,
+        "plugin": plugin or None,
         "onnx_only": onnx_only or None,
         "max_tokens": max_tokens,
         "prefill_chunk": prefill_chunk,
@@ -92,8 +97,9 @@ def command(
         engines: list[dict[str, Any]] = []
     else:
         from mla_deploy.exporters.tensorrt.export import TensorRtOptions, export_tensorrt
+        from mla_deploy.runtime.tensorrt_plugin import plugin_library
 
-        options = TensorRtOptions(**given)
+        options = TensorRtOptions(**given, plugin_library=plugin_library())
         with reporter.progress("exporting") as progress:
             made = export_tensorrt(model, output, options, force=force, progress=progress)
         report, engines = made, [vars(one) for one in made.engines]

@@ -192,6 +192,8 @@ def test_export_to_an_unknown_format(tiny_mla: Path, outputs: Path, invoke: Invo
         (["--to", "tensorrt"], "none is named"),
         (["--to", "tensorrt", "--target", "sm42"], "does not build for this GPU"),
         (["--to", "tensorrt", "--onnx-only", "--dtype", "fp8"], "dtype is out of range"),
+        (["--to", "tensorrt", "--onnx-only", "--plugin"], "cannot compute this kv_lora_rank"),
+        (["--plugin"], "an option of TensorRT"),
     ],
 )
 def test_export_options_of_tensorrt(

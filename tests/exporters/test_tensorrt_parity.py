@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 from support.host_engine import HostDevice, host_graph
-from support.models import VOCAB, random_model, save_checkpoint
+from support.models import VOCAB, random_model, save_checkpoint, transformers_logits
+from transformers import AutoModelForCausalLM
 
 from mla_deploy.cache import cache_record
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.exporters.tensorrt.export import TensorRtOptions, export_tensorrt
 from mla_deploy.model import empty_cache, forward_window, load_model
 from mla_deploy.modules.decoder import Decoder
+from mla_deploy.modules.mlp import Router
 from mla_deploy.quant.quantize import QuantizeOptions, quantize_checkpoint
 from mla_deploy.runtime.tensorrt_graph import TensorRtGraph
 
@@ -77,29 +79,51 @@ def exported(
 
 
 def test_prefill_and_decode_equal_the_reference(exported: tuple[Path, Path, str]) -> None:
-    """A prompt in two chunks, then 64 steps. The reference reads the rows that the graph wrote, so
-    that a code at a rounding edge, which may fall either way, does not hide a wrong number."""
+    """A prompt in two chunks, then 64 steps. With a quantised cache the reference reads the rows
+    that the graph wrote, so that a code at a rounding edge, which may fall either way, does not
+    hide a wrong number. In float16 the graph is nearer to float32 than transformers in float16."""
     source, bundle, dtype = exported
     graph = host_graph(bundle)
+    place = graph.cache.open()
     ids = torch.randint(VOCAB, (PROMPT + STEPS,)).tolist()
     reference = Reference(source, graph)
-    found = [graph.append(ids[:PROMPT], 0, range(PROMPT))]
-    expected = [reference.append(ids[:48], 0), reference.append(ids[48:PROMPT], 48)]
+    steps = [graph.append(place, ids[:PROMPT], 0, range(PROMPT))]
+    expected_steps = [reference.append(ids[:48], 0), reference.append(ids[48:PROMPT], 48)]
     for past in range(PROMPT, PROMPT + STEPS):
-        found.append(graph.append(ids[past : past + 1], past, [0]))
-        expected.append(reference.append(ids[past : past + 1], past))
-    deviation, scale = np.concatenate(found) - np.concatenate(expected), np.concatenate(expected)
+        steps.append(graph.append(place, ids[past : past + 1], past, [0]))
+        expected_steps.append(reference.append(ids[past : past + 1], past))
+    found, expected = np.concatenate(steps), np.concatenate(expected_steps)
     if dtype == "fp32":
-        assert np.abs(deviation).max() < TOLERANCE[dtype] * np.abs(scale).max()
-    else:
-        # A near tie of experts may fall otherwise: not for many positions.
-        by_position = np.sqrt(np.mean(deviation**2, 1) / np.mean(scale**2))
-        assert np.median(by_position) < TOLERANCE[dtype]
-        assert np.quantile(by_position, 0.9) < 3 * TOLERANCE[dtype]
+        assert np.abs(found - expected).max() < TOLERANCE[dtype] * np.abs(expected).max()
+        return
+    mine, theirs = deviations(found, expected), transformers_deviations(source, ids)
+    for name, errors in (("graph", mine), ("transformers", theirs)):
+        print(name, np.quantile(errors, [0.5, 0.9, 1]))
+    # Quantiles: a near tie of experts may fall otherwise, here or there.
+    assert np.median(mine) < 0.8 * np.median(theirs)
+    assert np.quantile(mine, 0.9) < np.quantile(theirs, 0.9)
+    if not any(isinstance(module, Router) for module in reference.model.modules()):
+        assert np.quantile(mine, 0.9) < TOLERANCE[dtype]
+
+
+def deviations(found: Any, expected: Any) -> Any:
+    """Root mean square a position, over that of all logits."""
+    return np.sqrt(np.mean((found - expected) ** 2, 1) / np.mean(expected**2))
+
+
+def transformers_deviations(source: Path, ids: list[int]) -> Any:
+    """How far transformers' own model, before quantisation, is from itself in float32 when it runs
+    in float16: what this type costs whoever computes in it."""
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent / "source", dtype=torch.float32, attn_implementation="eager"
+    )
+    tokens = torch.tensor(ids)
+    expected = transformers_logits(model, tokens).numpy()
+    return deviations(transformers_logits(model.half(), tokens).float().numpy(), expected)
 
 
 class Reference:
-    """The torch reference, whose cache record gives the rows that a graph has written."""
+    """The torch reference; a quantised cache gives the rows that a graph has written."""
 
     def __init__(self, source: Path, graph: TensorRtGraph) -> None:
         self.config = Checkpoint(source).config
@@ -113,7 +137,8 @@ class Reference:
         record = cache_record(self.config.recipe.cache_format)
         rows = iter([self.rows(layer, past, len(ids)) for layer in range(len(self.model.layers))])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(record), "encode", lambda *_: next(rows))
+            if self.config.recipe.cache_format not in ("fp32", "fp16"):
+                patch.setattr(type(record), "encode", lambda *_: next(rows))
             logits, self.cache = self.model(
                 torch.tensor([ids]),
                 torch.tensor([past]),
@@ -145,8 +170,9 @@ def test_rows_are_what_the_record_encodes(exported: tuple[Path, Path, str]) -> N
     """The first layer sees equal inputs, so its rows are equal but for rounding."""
     source, bundle, dtype = exported
     graph = host_graph(bundle)
+    place = graph.cache.open()
     ids = torch.randint(VOCAB, (40,))
-    graph.append(ids.tolist(), 0, [0])
+    graph.append(place, ids.tolist(), 0, [0])
     reference = Reference(source, graph)
     config = reference.config
     every = torch.arange(40).unsqueeze(0)
@@ -162,9 +188,20 @@ def test_rows_are_what_the_record_encodes(exported: tuple[Path, Path, str]) -> N
     ]
     expected = record.decode([one[:, :40] for one in stored], torch.float32)
     rows = [part.unsqueeze(0) for part in reference.rows(0, 0, 40)]
-    for mine, theirs in zip(record.decode(rows, torch.float32), expected, strict=True):
-        close = (mine - theirs).abs() < TOLERANCE[dtype] * theirs.abs().max()
-        assert close.float().mean() > {"fp32": 0.999, "fp16": 0.9}[dtype]
+    found = record.decode(rows, torch.float32)
+    steps = code_steps({part.name: row for part, row in zip(parts, rows, strict=True)})
+    for mine, theirs, step in zip(found, expected, steps, strict=True):
+        difference, tolerance = (mine - theirs).abs(), TOLERANCE[dtype] * theirs.abs().max()
+        # A code at an edge falls either way, by one step and not by more.
+        step = step.repeat_interleave(mine.shape[-1] // step.shape[-1], -1)
+        assert bool((difference < tolerance + 1.25 * step).all())
+        assert (difference < tolerance).float().mean() > (0.999 if dtype == "fp32" else 0.9)
+
+
+def code_steps(rows: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """What a code is worth, of the latent and of the rope key, [1, S, groups]; 0 without codes."""
+    none = torch.zeros_like(next(iter(rows.values()))[..., :1], dtype=torch.float32)
+    return [rows[name].float() if name in rows else none for name in ("scale", "k_pe_scale")]
 
 
 def test_windows_equal_the_reference_with_its_own_cache(exported: tuple[Path, Path, str]) -> None:
@@ -175,6 +212,7 @@ def test_windows_equal_the_reference_with_its_own_cache(exported: tuple[Path, Pa
     ids = torch.randint(VOCAB, (60,))
     config = Checkpoint(source).config
     expected = forward_window(load_model(source), config, ids.unsqueeze(0))[0].numpy()
-    found = host_graph(bundle).append(ids.tolist(), 0, range(60))
+    graph = host_graph(bundle)
+    found = graph.append(graph.cache.open(), ids.tolist(), 0, range(60))
     error = np.abs(found - expected).max(1) / np.abs(expected).max()
     assert np.median(error) < TOLERANCE[dtype]

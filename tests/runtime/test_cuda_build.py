@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import importlib.util
 import shutil
@@ -11,8 +12,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from support.cuda import build_emulation
 
+from mla_deploy.cache import cache_record
+from mla_deploy.runtime import cuda
 from mla_deploy.runtime.cuda import AttentionSizes, CudaError, CudaKernels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,6 +103,48 @@ def test_sizes_that_do_not_fit_are_refused(changes: dict[str, object], message: 
     kernels = CudaKernels(build_emulation())
     with pytest.raises(CudaError, match=message):
         kernels.workspace_bytes(dataclasses.replace(SIZES, **changes))
+
+
+@pytest.mark.parametrize("cache_format", ["int4", "int8", "fp16"])
+def test_a_bound_of_the_workspace_holds_for_smaller_calls(cache_format: str) -> None:
+    kernels = CudaKernels(build_emulation())
+
+    def bound(sizes: AttentionSizes) -> int:
+        found = ctypes.c_size_t()
+        call = ctypes.byref(cuda._describe(sizes))
+        assert not kernels._library.mla_cuda_workspace_bound(call, ctypes.byref(found))
+        return found.value
+
+    def draw(most: int) -> int:
+        return int(torch.randint(1, most + 1, ()))
+
+    for _ in range(200):
+        sizes = AttentionSizes(
+            batch=draw(4), steps=draw(300), table_pages=draw(600), heads=draw(128), nope=16,
+            rank=256 * draw(2), rope=16 * draw(4), v=8, cache_format=cache_format,
+        )  # fmt: skip
+        smaller = dataclasses.replace(
+            sizes, batch=draw(sizes.batch), steps=draw(sizes.steps),
+            table_pages=draw(sizes.table_pages),
+        )  # fmt: skip
+        assert kernels.workspace_bytes(smaller) <= bound(smaller) <= bound(sizes)
+
+
+@pytest.mark.parametrize("cache_format", ["int4", "int8", "fp16"])
+@pytest.mark.parametrize(("rank", "rope"), [(256, 16), (512, 64)])
+def test_the_parts_are_those_of_the_record(cache_format: str, rank: int, rope: int) -> None:
+    class Part(ctypes.Structure):
+        _fields_ = (("element_bytes", ctypes.c_int32), ("page_bytes", ctypes.c_int64))
+
+    kernels = CudaKernels(build_emulation())
+    found, count = (Part * 5)(), ctypes.c_int32()
+    sizes = dataclasses.replace(SIZES, rank=rank, rope=rope, cache_format=cache_format)
+    call = ctypes.byref(cuda._describe(sizes))
+    assert not kernels._library.mla_cuda_cache_parts(call, found, ctypes.byref(count))
+    expected = cache_record(cache_format).parts(rank, rope)
+    assert [(one.element_bytes, one.page_bytes) for one in found[: count.value]] == [
+        (part.dtype.itemsize, 64 * part.bytes_per_token) for part in expected
+    ]
 
 
 def test_null_pointers_are_refused() -> None:

@@ -26,13 +26,14 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx import helper
+from support.operator_library import built_library
 
 from mla_deploy.cache import PAGE_TOKENS, cache_record, pages_for
 from mla_deploy.errors import UsageError
 from mla_deploy.exporters.onnx.attention_function import ATTENTION_DOMAIN, OPSET, AttentionFunctions
 from mla_deploy.exporters.onnx.builder import DTYPES
 from mla_deploy.exporters.onnx.export import export_onnx
-from mla_deploy.runtime import _runtime, load, ops, ops_library
+from mla_deploy.runtime import _runtime, load, ops
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -54,14 +55,6 @@ Array = npt.NDArray[Any]
 @pytest.fixture
 def library() -> Path:
     return built_library()
-
-
-def built_library() -> Path:
-    """The library; without one the test that asks for it is skipped."""
-    try:
-        return ops_library()
-    except UsageError as error:
-        pytest.skip(f"{error.what}: {error.found}")
 
 
 # ---- a model of one node ------------------------------------------------------------------------

@@ -114,11 +114,18 @@ def test_sessions_and_their_limits(engine: TensorRtEngine) -> None:
     with pytest.raises(SessionError, match="full"):
         session.prefill([1] * 57)
     assert session.length == 200
-    for wrong, message in (([], "flat list"), ([4096], "vocabulary"), ([-1], "vocabulary")):
+    for wrong, message in (
+        ([], "no tokens"),
+        ([[1]], "flat list"),
+        ([4096], "vocabulary"),
+        ([-1], "vocabulary"),
+    ):
         with pytest.raises(UsageError, match=message):
             session.prefill(wrong)
-    with pytest.raises(UsageError, match="one sequence"):
+    with pytest.raises(UsageError, match="twice"):
         engine.step([(session, [1]), (session, [1])])
+    with pytest.raises(SessionError, match="with --plugin"):
+        session.fork()
     session.close()
     with pytest.raises(SessionError, match="closed"):
         session.decode(1)

@@ -15,6 +15,7 @@ import onnxruntime
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.runtime.tensorrt_graph import TensorRtGraph
+from support.operator_library import built_library
 
 ELEMENT = {"int64": np.int64, "uint8": np.uint8, "int8": np.int8, "float16": np.float16}
 ELEMENT["float32"] = np.float32
@@ -63,14 +64,16 @@ class HostDevice:
 class HostExecution:
     """`Execution` by onnxruntime, with optimisation off."""
 
-    def __init__(self, bundle: Bundle, device: HostDevice) -> None:
+    def __init__(self, bundle: Bundle, device: HostDevice, graph: str = "model.onnx") -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        path = bundle.file("model.onnx")
-        self.session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
         info = bundle.manifest.tensorrt
         assert info is not None
+        if info.plugin and graph == "model.onnx":  # the same node, by the CPU's kernels
+            options.register_custom_ops_library(str(built_library()))
+        path = str(bundle.path / graph)
+        self.session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
         self.info, self.device = info, device
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
@@ -88,7 +91,7 @@ class HostExecution:
         wanted = next(one.shape for one in self.info.inputs if one.name == name)
         for size, extent in zip(shape, wanted, strict=True):
             if isinstance(extent, str):
-                least, _, most = getattr(profile, extent)
+                least, _, most = profile.extent(extent)
                 assert least <= size <= most, (name, shape)
             else:
                 assert size == extent
@@ -101,14 +104,15 @@ class HostExecution:
     def run(self) -> None:
         self.log.append(dict(self.shapes))
         sizes = {
-            "tokens": self.shapes["input_ids"][1],
-            "logits": self.shapes["logit_index"][1],
+            axis: size
+            for one in self.info.inputs
+            for axis, size in zip(one.shape, self.shapes[one.name], strict=True)
         }
         binding = self.session.io_binding()
         for one in self.info.inputs:
             self._bind(binding.bind_input, one.name, one.dtype, self.shapes[one.name])
         for one in self.info.outputs:
-            shape = tuple(sizes[size] if isinstance(size, str) else size for size in one.shape)
+            shape = tuple(sizes.get(size, size) for size in one.shape)
             self._bind(binding.bind_output, one.name, one.dtype, shape)
         self.session.run_with_iobinding(binding)
 
@@ -121,8 +125,15 @@ class HostExecution:
         self.addresses.clear()
 
 
-def host_graph(bundle: Path, max_tokens: int | None = None) -> TensorRtGraph:
-    """The graph of a bundle that was exported with --onnx-only, on the host."""
+def host_graph(
+    bundle: Path, max_tokens: int | None = None, graph: str = "model.onnx"
+) -> TensorRtGraph:
+    """The graph of a bundle that was exported with --onnx-only, on the host.
+
+    Args:
+        graph: another one in its folder, in standard operators.
+    """
     opened = Bundle.open(bundle)
     device = HostDevice()
-    return TensorRtGraph(opened.manifest, device, HostExecution(opened, device), max_tokens)
+    execution = HostExecution(opened, device, graph)
+    return TensorRtGraph(opened.manifest, device, execution, max_tokens)

@@ -30,6 +30,14 @@ struct Family {
             return cuda::launch<decltype(kernel)>(params, grid, shared_bytes, stream);
         });
     }
+
+    static Part part(int index, int rank, int rope) { return Format::part(index, rank, rope); }
 };
+
+template <class Format>
+constexpr AttendFamily family() {
+    using F = Family<Format>;
+    return {F::describe, F::launch, Format::kParts, F::part};
+}
 
 }  // namespace mla::cuda

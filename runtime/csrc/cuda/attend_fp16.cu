@@ -2,6 +2,6 @@
 
 namespace mla::cuda {
 
-const AttendFamily kAttendFp16 = {Family<Fp16Format>::describe, Family<Fp16Format>::launch};
+const AttendFamily kAttendFp16 = family<Fp16Format>();
 
 }  // namespace mla::cuda

@@ -2,6 +2,6 @@
 
 namespace mla::cuda {
 
-const AttendFamily kAttendInt4 = {Family<Int4Format>::describe, Family<Int4Format>::launch};
+const AttendFamily kAttendInt4 = family<Int4Format>();
 
 }  // namespace mla::cuda

@@ -2,6 +2,6 @@
 
 namespace mla::cuda {
 
-const AttendFamily kAttendInt8 = {Family<Int8Format>::describe, Family<Int8Format>::launch};
+const AttendFamily kAttendInt8 = family<Int8Format>();
 
 }  // namespace mla::cuda

@@ -4,6 +4,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/params.h"
+#include "cuda/record.h"
 
 namespace mla::cuda {
 
@@ -28,6 +29,8 @@ using LaunchAttend = Failure (*)(const Params& params, int row_tiles, Grid grid,
 struct AttendFamily {
     DescribeAttend describe;
     LaunchAttend launch;
+    int parts;  // of the record
+    Part (*part)(int index, int rank, int rope);
 };
 
 extern const AttendFamily kAttendInt4;

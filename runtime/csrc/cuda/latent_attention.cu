@@ -123,10 +123,6 @@ mla_cuda_status set_reals(const char* name, const mla_cuda_reals& given, int64_t
 #define MLA_TRY(call) \
     if (const mla_cuda_status status = (call); status != MLA_CUDA_OK) return status
 
-int part_count(CacheFormat format) {
-    return format == CacheFormat::kInt4 ? 5 : format == CacheFormat::kInt8 ? 4 : 2;
-}
-
 // What append and attention both need.
 mla_cuda_status fill_common(const mla_cuda_attention& a, Params* p) {
     p->batch = static_cast<int>(a.batch);
@@ -149,7 +145,7 @@ mla_cuda_status fill_common(const mla_cuda_attention& a, Params* p) {
     p->block_table = a.block_table;
     p->past_lengths = a.past_lengths;
     p->new_lengths = a.new_lengths;
-    for (int i = 0; i < part_count(static_cast<CacheFormat>(a.cache_format)); ++i) {
+    for (int i = 0; i < family_of(static_cast<CacheFormat>(a.cache_format)).parts; ++i) {
         MLA_TRY(check_pointer("a part of the cache", a.cache[i], 16));
         p->parts[i] = static_cast<uint8_t*>(a.cache[i]);
     }
@@ -228,6 +224,29 @@ mla_cuda_status make_plan(const mla_cuda_attention& a, Plan* plan) {
     }
     plan->splits = static_cast<int>(splits);
     return MLA_CUDA_OK;
+}
+
+// What a plan takes at most, of these sizes and of smaller ones, on any device: rows and their
+// splits are bounded as above, with every limit of a device at its largest.
+size_t most_bytes(const mla_cuda_attention& a) {
+    const int64_t token_rows = a.batch * a.heads;
+    const int64_t in_a_round = token_rows > kMaxRoundRows ? token_rows : kMaxRoundRows;
+    const int64_t all_rows = token_rows * a.steps;
+    const int64_t rows = all_rows < in_a_round ? all_rows : in_a_round;
+    const AttendFamily& family = family_of(static_cast<CacheFormat>(a.cache_format));
+    int64_t at_once = 0, tile_tokens = kPageTokens;
+    for (int row_tiles = 1; row_tiles <= 2; ++row_tiles) {
+        const AttendShape shape = family.describe(a.rank, a.rope, row_tiles);
+        const int64_t held = int64_t{kMaxMultiprocessors} * shape.blocks_wanted * shape.rows;
+        if (held > at_once) at_once = held;
+        if (shape.tile_tokens < tile_tokens) tile_tokens = shape.tile_tokens;
+    }
+    int64_t splits = a.table_pages * (kPageTokens / tile_tokens) / 2;
+    if (splits > kMaxSplits) splits = kMaxSplits;
+    if (splits < 1) splits = 1;
+    const int64_t enough = at_once > rows ? at_once : rows;
+    const int64_t split_rows = rows * splits < enough ? rows * splits : enough;
+    return 4 * static_cast<size_t>(rows * (a.rank + a.rope) + split_rows * (a.rank + 2));
 }
 
 // ---- launches ---------------------------------------------------------------------------------
@@ -348,6 +367,28 @@ mla_cuda_status mla_cuda_workspace_bytes(const mla_cuda_attention* attention, si
     Plan plan = {};
     MLA_TRY(make_plan(*attention, &plan));
     *bytes = plan.bytes(*attention);
+    return MLA_CUDA_OK;
+}
+
+mla_cuda_status mla_cuda_workspace_bound(const mla_cuda_attention* attention, size_t* bytes) {
+    using namespace mla::cuda;
+    MLA_EXPECT(attention && bytes, "mla_cuda_workspace_bound: a null pointer");
+    MLA_TRY(check_sizes(*attention));
+    *bytes = most_bytes(*attention);
+    return MLA_CUDA_OK;
+}
+
+mla_cuda_status mla_cuda_cache_parts(const mla_cuda_attention* attention, mla_cuda_part parts[5],
+                                     int32_t* count) {
+    using namespace mla::cuda;
+    MLA_EXPECT(attention && parts && count, "mla_cuda_cache_parts: a null pointer");
+    MLA_TRY(check_sizes(*attention));
+    const AttendFamily& family = family_of(static_cast<CacheFormat>(attention->cache_format));
+    *count = family.parts;
+    for (int32_t i = 0; i < *count; ++i) {
+        const Part part = family.part(i, attention->rank, attention->rope);
+        parts[i] = {part.element_bytes, part.page_bytes()};
+    }
     return MLA_CUDA_OK;
 }
 

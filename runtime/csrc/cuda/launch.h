@@ -14,8 +14,12 @@ using Stream = void*;  // cudaStream_t
 
 const char* failure_text(Failure failure);
 
+// A device's limits on a plan: no device goes beyond, so that a workspace can be had in advance.
+constexpr int kMaxMultiprocessors = 256;
+constexpr int64_t kMaxRoundRows = 16384;
+
 struct Device {
-    int multiprocessors;
+    int multiprocessors;     // that are put to use
     int shared_bytes;        // that a block can have
     int shared_bytes_all;    // of a multiprocessor
     int compute_capability;  // 90 for 9.0

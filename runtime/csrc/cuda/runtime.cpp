@@ -49,8 +49,10 @@ Failure current_device(Device* device) {
         const cudaError_t error = cudaDeviceGetAttribute(value, attribute, index);
         if (error != cudaSuccess) return error;
     }
+    if (device->multiprocessors > kMaxMultiprocessors)
+        device->multiprocessors = kMaxMultiprocessors;
     device->compute_capability = 10 * major + minor;
-    device->round_rows = 16384;
+    device->round_rows = kMaxRoundRows;
     return 0;
 }
 

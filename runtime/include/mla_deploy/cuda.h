@@ -102,6 +102,12 @@ typedef struct mla_cuda_attention {
     int32_t* problem; /* one int on the device, or null; only written where there is a problem */
 } mla_cuda_attention;
 
+/* One array of the cache record: [pages, page of the part]. */
+typedef struct mla_cuda_part {
+    int32_t element_bytes; /* 1: codes, 2: float16 */
+    int64_t page_bytes;
+} mla_cuda_part;
+
 /* What the last call of this thread that did not return MLA_CUDA_OK has to say. Never null; valid
  * until the next call that fails in this thread. */
 MLA_API const char* mla_cuda_last_error(void);
@@ -116,6 +122,16 @@ MLA_API mla_cuda_status mla_cuda_check_device(void);
  * and splits are read. */
 MLA_API mla_cuda_status mla_cuda_workspace_bytes(const mla_cuda_attention* attention,
                                                  size_t* bytes);
+
+/* A workspace that is enough for calls of these sizes and smaller ones on every device, with splits
+ * left at 0. Needs no device. */
+MLA_API mla_cuda_status mla_cuda_workspace_bound(const mla_cuda_attention* attention,
+                                                 size_t* bytes);
+
+/* The record of a call's cache_format, rank and rope: its parts in order, at most 5. Needs no
+ * device. */
+MLA_API mla_cuda_status mla_cuda_cache_parts(const mla_cuda_attention* attention,
+                                             mla_cuda_part parts[5], int32_t* count);
 
 /* Encodes the new tokens into the cache. q, output, weights, softmax_scale and the workspace are
  * not looked at. */
