@@ -1,4 +1,4 @@
-"""What the graph for ONNX Runtime's CUDA provider has of its own, table `ort-cuda1.25`.
+"""What the graph for ONNX Runtime's CUDA provider has of its own, table `ort-cuda1.28`.
 
 Activations, float matrices and scales are in float16. In float32 stay the sum that runs through all
 layers, norms of it, routers, and what goes on inside of LatentAttention.
@@ -13,7 +13,7 @@ from mla_deploy.errors import ConfigError
 from mla_deploy.exporters.onnx import ort, ort_moe
 from mla_deploy.exporters.onnx.translate import Context, Weight
 
-NAME = "ort-cuda1.25"
+NAME = "ort-cuda1.28"
 DTYPE = torch.float16
 OPSET = 23
 """The first with RMSNormalization. The provider's kernels come later than the CPU's: a Cast or
