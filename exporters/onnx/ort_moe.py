@@ -143,17 +143,18 @@ def _qmoe(
         *no_third,
         *(first[2], second[2], None),
     ]
-    accuracy = ACCURACY_LEVEL[dtype]
+    attributes = dict(_SWIGLU)
+    if ACCURACY_LEVEL[dtype]:  # onnxruntime 1.28 and 1.29 do not know it
+        attributes["accuracy_level"] = ACCURACY_LEVEL[dtype]
     return c.builder.op(
         "QMoE",
         *operands,
         *([] if weights is None else [weights]),
-        **({"accuracy_level": accuracy} if accuracy else {}),  # 1.28 and 1.29 do not know it
         domain=CONTRIB,
         k=top_k,
         normalize_routing_weights=0,
         expert_weight_bits=bits,
         block_size=group,
         weights_prepacked=0,
-        **_SWIGLU,
+        **attributes,
     )
