@@ -5,6 +5,8 @@
         model.onnx, model.onnx.data
         tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json
 
+A bundle for the CPU computes in float32; `CudaInfo` is in the manifest of one for a GPU.
+
 A bundle for TensorRT has, in place of the graph, an engine a GPU and an ONNX model that names it;
 `TensorRtInfo` describes them, and `mla_deploy.exporters.tensorrt.target` their inputs and outputs.
 
@@ -144,6 +146,13 @@ class GraphInfo(_Strict):
     opset: int
 
 
+class CudaInfo(_Strict):
+    """The graph is spelled for ONNX Runtime's CUDA provider."""
+
+    dtype: Literal["float16"]
+    """Of activations."""
+
+
 class EngineInfo(_Strict):
     """A TensorRT engine."""
 
@@ -212,6 +221,8 @@ class Manifest(_Strict):
     files: list[FileEntry]
     tensorrt: TensorRtInfo | None = None
     """Present with the backend `tensorrt`."""
+    cuda: CudaInfo | None = None
+    """Present where the graph is for a GPU; the backend is `onnx` then."""
 
     @model_validator(mode="after")
     def _one_cache_per_layer(self) -> Manifest:
@@ -222,7 +233,16 @@ class Manifest(_Strict):
             )
         if (self.graph.backend == "tensorrt") != (self.tensorrt is not None):
             raise ValueError("the backend and the description of engines do not fit")
+        if self.cuda is not None and self.graph.backend != "onnx":
+            raise ValueError("a graph for ONNX Runtime's CUDA provider is of the backend onnx")
         return self
+
+    @property
+    def target(self) -> Literal["cpu", "cuda", "tensorrt"]:
+        """What the bundle was exported for."""
+        if self.tensorrt is not None:
+            return "tensorrt"
+        return "cpu" if self.cuda is None else "cuda"
 
 
 @dataclass(frozen=True)
@@ -319,8 +339,9 @@ def sha256_of(path: Path) -> str:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` into the folder."""
     fields = manifest.model_dump(mode="json")
-    if manifest.tensorrt is None:
-        del fields["tensorrt"]
+    for optional in ("tensorrt", "cuda"):
+        if fields[optional] is None:
+            del fields[optional]
     text = json.dumps(fields, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 

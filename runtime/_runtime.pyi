@@ -105,7 +105,7 @@ class Session:
 class Engine:
     """A bundle in memory, and the cache that its sessions share."""
 
-    def __init__(self, bundle: bytes, onnxruntime_library: bytes, ops_library: bytes | None, max_tokens: int, prefill_chunk: int, threads: int, spin: bool, verify: bool) -> None:
+    def __init__(self, bundle: bytes, onnxruntime_library: bytes, ops_library: bytes | None, max_tokens: int, prefill_chunk: int, threads: int, spin: bool, verify: bool, device: str | None, cuda_library: bytes | None) -> None:
         """
         Paths as os.fsencode gives them; the numbers as in runtime.h, 0 for the default.
         """

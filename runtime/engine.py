@@ -15,6 +15,7 @@ from mla_deploy.errors import BundleError, UsageError
 from mla_deploy.runtime import _runtime
 from mla_deploy.runtime.bundle_text import BundleText
 from mla_deploy.runtime.cancellation import Cancellation
+from mla_deploy.runtime.cuda import cuda_library
 from mla_deploy.runtime.generation import Generation, GenerationResult
 from mla_deploy.runtime.native import Logits, onnxruntime_library, require_engine, token_array
 from mla_deploy.runtime.ops import Kernels, choose
@@ -34,6 +35,7 @@ def load(
     threads: int | None = None,
     spin: bool = True,
     kernels: str = "auto",
+    device: str | None = None,
     verify: bool = False,
 ) -> Engine:
     """Load a bundle.
@@ -41,18 +43,23 @@ def load(
     Args:
         bundle: the folder.
         max_tokens: the cache holds so many tokens of all sessions together, rounded up to whole
-            pages; None: one session of the model's full context. Memory is taken as it is used.
+            pages; None: one session of the model's full context. Memory is taken as it is used, and
+            on a GPU at once.
         prefill_chunk: new tokens that go through the graph at once; bounds the memory of a prefill.
         threads: that compute; None: one a physical core.
         spin: waiting threads poll for a moment before they sleep: faster, and costs power.
         kernels: of latent attention. "native": our operator library; "stock": what onnxruntime has;
             "auto": native where it can be had. `Engine.kernels` says what it became, and why.
+        device: "cpu", or "cuda": the first GPU that the process sees. It must be what the bundle
+            was exported for; None: that it is.
         verify: check the sha256 of large files too.
 
     Raises:
-        BundleError: the folder is no bundle, or is damaged.
+        BundleError: the folder is no bundle, is damaged, or was exported for another device.
         UsageError: an option outside its range, onnxruntime is not installed, kernels are asked for
-            that this installation does not have, or it was built without the engine.
+            that this installation does not have, or it was built without the engine; on a GPU also:
+            there is no driver or device for our kernels, or this onnxruntime has no CUDA provider.
+        CudaError: on a GPU: this installation was built without kernels for it.
     """
     require_engine()
     for name, value in (
@@ -65,7 +72,9 @@ def load(
     opened = Bundle.of_manifest(bundle)  # the engine checks the files
     if opened.manifest.tensorrt is not None:
         opened = Bundle.open(bundle, verify=verify)
-        return _load_tensorrt(opened, max_tokens, threads=threads, kernels=kernels)
+        return _load_tensorrt(opened, max_tokens, threads=threads, kernels=kernels, device=device)
+    on_gpu = opened.manifest.target == "cuda" and device in (None, "cuda")
+    cuda = cuda_library() if on_gpu else None  # where they do not fit, the engine says so
 
     def core(library: Path | None) -> _runtime.Engine:
         return _runtime.Engine(
@@ -77,9 +86,11 @@ def load(
             threads=min(threads or 0, MOST),
             spin=spin,
             verify=verify,
+            device=device,
+            cuda_library=None if cuda is None else os.fsencode(cuda),
         )
 
-    chosen = choose(kernels)
+    chosen = choose(kernels, on_gpu=on_gpu)
     try:
         return Engine(opened, core(chosen.library), chosen)
     except (BundleError, UsageError) as error:  # such as a cache format that the library lacks
@@ -90,12 +101,17 @@ def load(
 
 
 def _load_tensorrt(
-    bundle: Bundle, max_tokens: int | None, *, threads: int | None, kernels: str
+    bundle: Bundle,
+    max_tokens: int | None,
+    *,
+    threads: int | None,
+    kernels: str,
+    device: str | None,
 ) -> Engine:
-    if threads is not None or kernels != "auto":
+    if threads is not None or kernels != "auto" or device is not None:
         raise UsageError(
-            "threads and kernels are for bundles that run on the CPU",
-            found=f"threads {threads}, kernels {kernels}",
+            "threads, kernels and device are for bundles that run on ONNX Runtime",
+            found=f"threads {threads}, kernels {kernels}, device {device}",
             hint="leave them out: TensorRT runs on the GPU with kernels of its own",
         )
     from mla_deploy.runtime.tensorrt import load_tensorrt

@@ -62,7 +62,7 @@ class Kernels:
         return f"{self.name} ({self.library or self.reason})"
 
 
-def choose(wanted: str) -> Kernels:
+def choose(wanted: str, *, on_gpu: bool = False) -> Kernels:
     """The kernels for "auto", "native" or "stock".
 
     Raises:
@@ -79,6 +79,8 @@ def choose(wanted: str) -> Kernels:
         if wanted == "native":
             raise
         return Kernels(None, f"{error.what}: {error.found}")
+    if on_gpu:
+        return Kernels(library)  # it has kernels for GPUs where libmla_deploy_cuda.so is beside it
     isas = _runtime.cpu_isas()
     forced = os.environ.get("MLA_CPU_ISA", "auto") or "auto"
     if forced not in ("auto", *isas):

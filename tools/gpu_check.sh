@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
-# Everything about the CUDA kernels that needs a GPU, in less than ten minutes: builds for this GPU,
-# runs the tests marked gpu, compute-sanitizer on the smaller ones, and the benchmark.
+# Everything about CUDA that needs a GPU, in less than ten minutes: builds for this GPU, runs the
+# kernels' tests marked gpu, compute-sanitizer on the smaller ones, whole bundles through ONNX
+# Runtime, and the benchmarks.
 #
 #     bash tools/gpu_check.sh [FOLDER]        results go to FOLDER (default: build/gpu)
+#
+# Bundles need onnxruntime-gpu and its libraries of CUDA (those in the packages nvidia-* are found),
+# and what the engine is built with: run `tools/fetch_debian.py libonnxruntime-dev` beforehand where
+# there is a network, or set ONNXRUNTIME_ROOT; and have the package nlohmann-json.
 #
 # Needs nvcc 13, cmake, ninja, a C++ compiler, and a python3 with torch for CUDA, numpy, pytest and
 # the packages of pyproject.toml. Nothing is downloaded; wheels in .whl/ are installed first: where
@@ -41,15 +46,16 @@ fi
 LINES_SHOWN=4 stage install 240 env CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)" \
     "$venv/bin/pip" install -q --no-index --no-deps --no-build-isolation . \
     -C cmake.define.MLA_CUDA=ON -C "cmake.define.MLA_CUDA_TARGETS=$capability" \
-    -C cmake.define.MLA_FETCH_ONNXRUNTIME_HEADERS=OFF
-pytest=("$venv/bin/python" -m pytest -q -p no:cacheprovider tests/runtime/test_cuda_attention.py)
+    -C cmake.define.MLA_ENGINE=AUTO -C cmake.define.MLA_FETCH_DEPENDENCIES=OFF
+pytest=("$venv/bin/python" -m pytest -q -p no:cacheprovider)
+kernels=("${pytest[@]}" tests/runtime/test_cuda_attention.py)
 
-stage tests 150 "${pytest[@]}" -m gpu
+stage tests 150 "${kernels[@]}" -m gpu
 if command -v compute-sanitizer >/dev/null; then
     small="gpu and (page_edges or unequal or splits or arena)"
     for tool in memcheck racecheck; do
         LINES_SHOWN=6 stage "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            --target-processes all "${pytest[@]}" -k "$small"
+            --target-processes all "${kernels[@]}" -k "$small"
     done
 else
     echo "== compute-sanitizer is not on the PATH: memory and races are unchecked"
@@ -57,5 +63,27 @@ else
 fi
 LINES_SHOWN=40 stage benchmark 150 "$venv/bin/python" benchmarks/cuda_attention.py --quick \
     --json "$out/cuda_attention.json"
+
+# Where torch and onnxruntime-gpu have CUDA's libraries from; the loader does not look there.
+LD_LIBRARY_PATH="$("$venv/bin/python" -c 'import glob, site
+print(":".join(path for folder in site.getsitepackages() for path in
+               glob.glob(folder + "/nvidia/*/lib")))' 2>/dev/null):${LD_LIBRARY_PATH:-}"
+export LD_LIBRARY_PATH
+if "$venv/bin/python" -c 'import sys, onnxruntime
+from mla_deploy.runtime import _runtime
+sys.exit("CUDAExecutionProvider" not in onnxruntime.get_available_providers()
+         or not hasattr(_runtime, "Engine"))'; then
+    stage end_to_end 180 "${pytest[@]}" -s -m gpu tests/runtime/test_cuda_end_to_end.py
+    run="$venv/bin/python -c 'from mla_deploy.cli import main; main()'"
+    LINES_SHOWN=30 stage speed 240 bash -ec "
+        rm -rf '$out/model' '$out/small' '$out/bundle'
+        '$venv/bin/python' benchmarks/make_synthetic.py '$out/model' --layers 4
+        $run quantize '$out/model' -o '$out/small' --kv int4 --weights int4
+        $run export '$out/small' -o '$out/bundle' --to onnx --target cuda
+        $run bench '$out/bundle' --depth 0,8192,32768 --kernels native"
+else
+    echo "== no onnxruntime-gpu, or built without the engine: bundles are unchecked"
+    failures=$((failures + 1))
+fi
 echo "== $failures stages failed, $((SECONDS - started)) s"
 exit $((failures > 0))

@@ -22,12 +22,19 @@ from mla_deploy.ops import attention
 
 ATTENTION_DOMAIN = "ai.mla_deploy"
 OPSET = 24
+"""Of the graph for the CPU."""
 
 
 class AttentionFunctions:
     """The function bodies that a model needs, one for each set of attributes."""
 
-    def __init__(self) -> None:
+    def __init__(self, opset: int = OPSET, dtype: torch.dtype = torch.float32) -> None:
+        """Args:
+        opset: of the graph that they are part of.
+        dtype: of q, kv and the output.
+        """
+        self.opset = opset
+        self.dtype = dtype
         self.functions: list[ir.Function] = []
         self._overloads: dict[tuple[Any, ...], str] = {}
 
@@ -38,8 +45,31 @@ class AttentionFunctions:
             name = attributes["cache_format"]
             taken = sum(1 for other in self._overloads.values() if other.startswith(name))
             self._overloads[key] = f"{name}_{taken + 1}" if taken else name
-            self.functions.append(_function(attributes, weight_dtype, self._overloads[key]))
+            self.functions.append(self._function(attributes, weight_dtype, self._overloads[key]))
         return self._overloads[key]
+
+    def _function(
+        self, attributes: dict[str, Any], weight_dtype: torch.dtype, overload: str
+    ) -> ir.Function:
+        builder = GraphBuilder()
+        specs, cache = _specs(attributes, self.dtype, weight_dtype)
+        inputs = {spec.name: builder.input(spec.name, None, None) for spec in [*specs, *cache]}
+        traced = trace(_Body(attributes), [*specs, cache])
+        outputs = translate(traced, builder, aten.TABLE, inputs, {}, "")
+        names = ["output", *(f"present_{part.name}" for part in cache)]
+        for name, value in zip(names, outputs, strict=True):
+            value.name = name
+        graph = ir.Graph(
+            list(inputs.values()),
+            outputs,
+            nodes=builder.nodes,
+            opset_imports={"": self.opset},
+            name="LatentAttention",
+        )
+        declared = [ir.Attr(name, _kind(value), None) for name, value in attributes.items()]
+        return ir.Function(
+            ATTENTION_DOMAIN, "LatentAttention", overload, graph=graph, attributes=declared
+        )
 
 
 class _Body(nn.Module):
@@ -80,14 +110,17 @@ class _Body(nn.Module):
         )
 
 
-def _function(attributes: dict[str, Any], weight_dtype: torch.dtype, overload: str) -> ir.Function:
+def _specs(
+    attributes: dict[str, Any], dtype: torch.dtype, weight_dtype: torch.dtype
+) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """The inputs, and the parts of the cache, which follow."""
     heads, nope = attributes["num_heads"], attributes["qk_nope_head_dim"]
     rope, v_dim = attributes["qk_rope_head_dim"], attributes["v_head_dim"]
     rank = attributes["kv_lora_rank"]
     parts = cache_record(attributes["cache_format"]).parts(rank, rope)
     specs = [
-        TensorSpec("q", ("B", "S", heads * (nope + rope))),
-        TensorSpec("kv", ("B", "S", rank + rope)),
+        TensorSpec("q", ("B", "S", heads * (nope + rope)), dtype),
+        TensorSpec("kv", ("B", "S", rank + rope), dtype),
         TensorSpec("cos", ("B", "S", rope // 2)),
         TensorSpec("sin", ("B", "S", rope // 2)),
         TensorSpec("w_uk", (heads, nope, rank), weight_dtype),
@@ -96,24 +129,7 @@ def _function(attributes: dict[str, Any], weight_dtype: torch.dtype, overload: s
         TensorSpec("past_lengths", ("B",), torch.int64),
         TensorSpec("new_lengths", ("B",), torch.int64),
     ]
-    cache = [TensorSpec(part.name, ("P", *part.page_shape), part.dtype) for part in parts]
-    builder = GraphBuilder()
-    inputs = {spec.name: builder.input(spec.name, None, None) for spec in [*specs, *cache]}
-    traced = trace(_Body(attributes), [*specs, cache])
-    outputs = translate(traced, builder, aten.TABLE, inputs, {}, "")
-    for name, value in zip(["output", *(f"present_{p.name}" for p in parts)], outputs, strict=True):
-        value.name = name
-    graph = ir.Graph(
-        list(inputs.values()),
-        outputs,
-        nodes=builder.nodes,
-        opset_imports={"": OPSET},
-        name="LatentAttention",
-    )
-    declared = [ir.Attr(name, _kind(value), None) for name, value in attributes.items()]
-    return ir.Function(
-        ATTENTION_DOMAIN, "LatentAttention", overload, graph=graph, attributes=declared
-    )
+    return specs, [TensorSpec(part.name, ("P", *part.page_shape), part.dtype) for part in parts]
 
 
 def _kind(value: Any) -> ir.AttributeType:

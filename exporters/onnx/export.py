@@ -16,6 +16,7 @@ from mla_deploy.bundle import (
     MANIFEST,
     CacheInfo,
     CachePartInfo,
+    CudaInfo,
     GraphInfo,
     LayerCache,
     Manifest,
@@ -26,15 +27,17 @@ from mla_deploy.bundle import (
 from mla_deploy.cache import PAGE_TOKENS
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
-from mla_deploy.errors import TokenizerError
-from mla_deploy.exporters.onnx import ort
-from mla_deploy.exporters.onnx.attention_function import OPSET
+from mla_deploy.errors import TokenizerError, UsageError
 from mla_deploy.exporters.onnx.graph import build_graph
+from mla_deploy.exporters.onnx.ort import OnnxRuntime
+from mla_deploy.exporters.onnx.ort_cuda import OnnxRuntimeCuda
 from mla_deploy.exporters.onnx.weights import Progress, write_external_data
 from mla_deploy.model import cache_parts, count_parameters
 from mla_deploy.output import check_output, check_space, new_folder, writing
 
 GRAPH_FILE = "model.onnx"
+TARGETS: dict[str, type[OnnxRuntime]] = {"cpu": OnnxRuntime, "cuda": OnnxRuntimeCuda}
+"""What ONNX Runtime may run the graph on."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -58,20 +61,37 @@ class ExportReport:
 
 
 def export_onnx(
-    source: Path, out: Path, *, force: bool = False, progress: Progress | None = None
+    source: Path,
+    out: Path,
+    *,
+    target: str = "cpu",
+    force: bool = False,
+    progress: Progress | None = None,
 ) -> ExportReport:
     """Write the bundle of a checkpoint for ONNX Runtime.
 
+    Args:
+        target: what it is to run on, "cpu" or "cuda".
+
     Raises:
+        UsageError: there is no such target.
         ConfigError, CheckpointError, TokenizerError: the source is not whole or not supported.
         OutputError: `out` exists, or cannot be written.
     """
     start = time.monotonic()
+    if target not in TARGETS:
+        raise UsageError(
+            "ONNX Runtime has no such target",
+            found=target,
+            allowed=", ".join(TARGETS),
+            hint="GPUs such as sm89 are named with `--to tensorrt`",
+        )
+    spelling = TARGETS[target]()
     checkpoint = Checkpoint(source)
     config = checkpoint.config
     require_tokenizer(source)
     check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
-    graph = build_graph(config, checkpoint, ort.OnnxRuntime())
+    graph = build_graph(config, checkpoint, spelling)
     initializers = list(graph.builder.initializers.values())
     check_space(out.parent, sum(one.nbytes for one in initializers))
     with new_folder(out) as folder:
@@ -86,7 +106,13 @@ def export_onnx(
                 version=FORMAT_VERSION,
                 producer=f"mla-deploy {__version__}",
                 model=model_info(config),
-                graph=GraphInfo(path=GRAPH_FILE, backend="onnx", lowering=ort.NAME, opset=OPSET),
+                graph=GraphInfo(
+                    path=GRAPH_FILE,
+                    backend="onnx",
+                    lowering=spelling.name,
+                    opset=spelling.opset,
+                ),
+                cuda=CudaInfo(dtype="float16") if target == "cuda" else None,
                 cache=cache_info(config),
                 recipe=config.recipe.to_json(),
                 files=[describe_file(folder, name) for name in names],

@@ -6,15 +6,13 @@ described in ONNX Runtime's ContribOperators.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
 from mla_deploy.cache import CachePart
-from mla_deploy.errors import ConfigError
-from mla_deploy.exporters.onnx import aten
+from mla_deploy.exporters.onnx import aten, ort_moe
 from mla_deploy.exporters.onnx.aten import add_bias, stored
 from mla_deploy.exporters.onnx.attention_function import (
     ATTENTION_DOMAIN,
@@ -23,29 +21,34 @@ from mla_deploy.exporters.onnx.attention_function import (
 )
 from mla_deploy.exporters.onnx.builder import DTYPES, GraphBuilder
 from mla_deploy.exporters.onnx.graph import Target
-from mla_deploy.exporters.onnx.translate import Context, Lowering, Table, Weight
-from mla_deploy.exporters.onnx.weights import (
-    exact_zero_chunks,
-    packed_zero_chunks,
-    plain_chunks,
+from mla_deploy.exporters.onnx.ort_weights import (
+    ACCURACY_LEVEL,
+    CONTRIB,
+    cast,
+    packed_zeros,
+    require_whole_zeros,
+    stored_as,
 )
+from mla_deploy.exporters.onnx.translate import Context, Lowering, Weight
+from mla_deploy.exporters.onnx.weights import exact_zero_chunks, plain_chunks
 
 NAME = "ort1.22"
-CONTRIB = "com.microsoft"
-INT8_ACTIVATIONS = 4
-"""`accuracy_level` of products with quantised matrices: activations are rounded to int8 a group,
-which adds 4e-3 to 8e-3 relative error and runs at the speed of memory."""
-
 ops = torch.ops.mla_deploy
 
 
 class OnnxRuntime(Target):
-    """The graph that `mla_deploy.bundle` describes: a paged cache, meant to be written in place."""
+    """The graph that `mla_deploy.bundle` describes: a paged cache, meant to be written in place.
 
-    opset_imports: Mapping[str, int] = {"": OPSET, CONTRIB: 1, ATTENTION_DOMAIN: 1}
+    This one is for the CPU; others say what differs.
+    """
+
+    name = NAME
+    """Of the lowering table, for the manifest."""
+    opset = OPSET
 
     def __init__(self) -> None:
-        attention = AttentionFunctions()
+        attention = AttentionFunctions(self.opset, self.dtype)
+        self.opset_imports = {"": self.opset, CONTRIB: 1, ATTENTION_DOMAIN: 1}
         self.table = table(attention)
         self.functions = attention.functions
 
@@ -62,7 +65,7 @@ class OnnxRuntime(Target):
         return value
 
 
-def table(functions: AttentionFunctions) -> Table:
+def table(functions: AttentionFunctions) -> dict[object, Lowering]:
     """The lowering table; attention bodies that come up are added to `functions`."""
     lowerings: dict[object, Lowering] = {
         **aten.TABLE,
@@ -70,9 +73,9 @@ def table(functions: AttentionFunctions) -> Table:
         ops.add_rms_norm.default: _add_rms_norm,
         ops.swiglu.default: _swiglu,
         ops.linear_quantized.default: _linear_quantized,
-        ops.embedding_quantized.default: _embedding_quantized,
-        ops.moe.default: _moe,
-        ops.moe_quantized.default: _moe_quantized,
+        ops.embedding_quantized.default: embedding_quantized,
+        ops.moe.default: ort_moe.moe,
+        ops.moe_quantized.default: ort_moe.moe_quantized,
     }
 
     def latent_attention(c: Context, *arguments: Any) -> Any:
@@ -83,23 +86,29 @@ def table(functions: AttentionFunctions) -> Table:
 
 
 def _rms_norm(c: Context, x: ir.Value, weight: Weight, epsilon: float) -> ir.Value:
-    return c.builder.op("RMSNormalization", x, stored(c, weight), axis=-1, epsilon=epsilon)
+    """The operator's types are all one: that of x."""
+    dtype = c.fakes[0].dtype
+    gamma = stored_as(c, weight, dtype)
+    normed = c.builder.op("RMSNormalization", x, gamma, axis=-1, epsilon=epsilon)
+    return cast(c, normed, dtype, weight.dtype)
 
 
 def _add_rms_norm(
     c: Context, x: ir.Value, residual: ir.Value, weight: Weight, epsilon: float
 ) -> tuple[ir.Value, ir.Value]:
+    """The operator's types are all one: that of the residual."""
+    dtype = c.fakes[1].dtype
     normed, mean, deviation, total = c.builder.op(
         "SkipSimplifiedLayerNormalization",
-        x,
+        cast(c, x, c.fakes[0].dtype, dtype),
         residual,
-        stored(c, weight),
+        stored_as(c, weight, dtype),
         domain=CONTRIB,
         outputs=4,
         epsilon=epsilon,
     )
     mean.name = deviation.name = ""  # not wanted
-    return normed, total
+    return cast(c, normed, dtype, weight.dtype), total
 
 
 def _swiglu(c: Context, gate_up: ir.Value) -> ir.Value:
@@ -121,6 +130,7 @@ def _linear_quantized(
 
     y = MatMulNBits_symmetric(x) + groupsum(x) @ ((2^(bits-1) - zero) * scale)^T
     """
+    dtype = c.result.dtype
     rows, columns = codes.shape[0], codes.shape[1] * 8 // bits
     group = columns // scales.shape[1]
     attributes: dict[str, Any] = {
@@ -128,7 +138,7 @@ def _linear_quantized(
         "N": rows,
         "bits": bits,
         "block_size": group,
-        "accuracy_level": INT8_ACTIVATIONS,
+        "accuracy_level": ACCURACY_LEVEL[dtype],
         "domain": CONTRIB,
     }
     operands = [
@@ -138,18 +148,18 @@ def _linear_quantized(
             (rows, columns // group, group * bits // 8),
             plain_chunks(codes.source, torch.uint8),
         ),
-        _float_scales(c, scales),
+        stored_as(c, scales, dtype),
     ]
     if zeros.dtype is torch.uint8:
-        operands.append(_packed_zeros(c, zeros, bits))
+        operands.append(packed_zeros(c, zeros, bits))
         y = c.builder.op("MatMulNBits", x, *operands, **attributes)
     else:
         symmetric = c.builder.op("MatMulNBits", x, *operands, **attributes)
         correction = c.builder.initializer(
             f"{zeros.name}.correction",
-            torch.float32,
+            dtype,
             zeros.shape[::-1],
-            exact_zero_chunks(scales.source, zeros.source, bits),
+            exact_zero_chunks(scales.source, zeros.source, bits, dtype),
         )
         grouped = c.builder.op("Reshape", x, c.builder.constant([0, 0, -1, group]))
         sums = c.builder.op("ReduceSum", grouped, c.builder.constant([-1]), keepdims=0)
@@ -157,104 +167,23 @@ def _linear_quantized(
     return add_bias(c, y, bias)
 
 
-def _embedding_quantized(
+def embedding_quantized(
     c: Context, ids: ir.Value, codes: Weight, scales: Weight, zeros: Weight, bits: int
 ) -> ir.Value:
-    _require_whole_zeros(zeros)
+    """GatherBlockQuantized."""
+    require_whole_zeros(zeros)
     return c.builder.op(
         "GatherBlockQuantized",
         stored(c, codes),
         ids,
-        _float_scales(c, scales),
-        _packed_zeros(c, zeros, bits),
+        stored_as(c, scales, c.result.dtype),
+        packed_zeros(c, zeros, bits),
         domain=CONTRIB,
         bits=bits,
         block_size=codes.shape[1] * 8 // bits // scales.shape[1],
         gather_axis=0,
         quantize_axis=1,
     )
-
-
-def _moe(
-    c: Context,
-    x: ir.Value,
-    selection: ir.Value,
-    weights: ir.Value,
-    gate_up: Weight,
-    down: Weight,
-    top_k: int,
-) -> ir.Value:
-    """MoE takes no weights, only logits of a softmax over the chosen experts.
-
-    It gets `log(weight)` of the chosen and -inf for the rest, so that the softmax gives weights
-    that add up to one, and the output is multiplied by what they added up to before.
-    """
-    op = c.builder.op
-    _, chosen = op("TopK", selection, c.builder.constant([top_k]), outputs=2, axis=-1)
-    chosen_weights = op("GatherElements", weights, chosen, axis=1)
-    nothing = op("Expand", c.builder.constant(0.0, torch.float32), op("Shape", weights))
-    logits = op("Log", op("ScatterElements", nothing, chosen, chosen_weights, axis=1))
-    normalised = op(
-        "MoE",
-        x,
-        logits,
-        stored(c, gate_up),
-        None,
-        stored(c, down),
-        domain=CONTRIB,
-        k=top_k,
-        **_SWIGLU_ATTRIBUTES,
-    )
-    total = op("ReduceSum", chosen_weights, c.builder.constant([-1]), keepdims=1)  # [T, 1]
-    by_token = c.builder.shape([*c.result.shape[:2], 1])
-    return op("Mul", normalised, op("Reshape", total, by_token))
-
-
-def _moe_quantized(
-    c: Context,
-    x: ir.Value,
-    selection: ir.Value,
-    weights: ir.Value,
-    gate_up: list[Weight],
-    down: list[Weight],
-    top_k: int,
-    bits: int,
-) -> ir.Value:
-    _require_whole_zeros(gate_up[2])
-    group = gate_up[0].shape[2] * 8 // bits // gate_up[1].shape[2]
-    first, second = (
-        (stored(c, codes), _float_scales(c, scales), _packed_zeros(c, zeros, bits))
-        for codes, scales, zeros in (gate_up, down)
-    )
-    no_third = (None, None, None)
-    return c.builder.op(
-        "QMoE",
-        x,
-        selection,
-        *(first[0], first[1], None),
-        *(second[0], second[1], None),
-        *no_third,
-        first[2],
-        second[2],
-        None,
-        weights,
-        domain=CONTRIB,
-        k=top_k,
-        normalize_routing_weights=0,
-        expert_weight_bits=bits,
-        block_size=group,
-        weights_prepacked=0,
-        accuracy_level=INT8_ACTIVATIONS,
-        **_SWIGLU_ATTRIBUTES,
-    )
-
-
-_SWIGLU_ATTRIBUTES: dict[str, Any] = {
-    "activation_type": "swiglu",
-    "swiglu_fusion": 1,
-    "activation_alpha": 1.0,
-    "activation_beta": 0.0,
-}
 
 
 def attention_attributes(
@@ -313,24 +242,3 @@ def _latent_attention(
         **attributes,
     )
     return output, present
-
-
-def _float_scales(c: Context, scales: Weight) -> ir.Value:
-    """Scales in the type of the activations."""
-    chunks = plain_chunks(scales.source, torch.float32)
-    return c.builder.initializer(scales.name, torch.float32, scales.shape, chunks)
-
-
-def _packed_zeros(c: Context, zeros: Weight, bits: int) -> ir.Value:
-    shape = (*zeros.shape[:-1], -(-zeros.shape[-1] * bits // 8))
-    chunks = packed_zero_chunks(zeros.source, bits)
-    return c.builder.initializer(zeros.name, torch.uint8, shape, chunks)
-
-
-def _require_whole_zeros(zeros: Weight) -> None:
-    if zeros.dtype is not torch.uint8:
-        raise ConfigError(
-            f"{zeros.name}: ONNX Runtime's operator takes whole zeros only",
-            found="exact zeros",
-            hint="quantize experts and embedding with integer zeros",
-        )

@@ -60,14 +60,15 @@ def pack_zeros(zeros: torch.Tensor, bits: int) -> torch.Tensor:
     return padded[..., 0::2] | (padded[..., 1::2] << 4)
 
 
-def exact_zero_chunks(scales: Source, zeros: Source, bits: int) -> Chunks:
+def exact_zero_chunks(scales: Source, zeros: Source, bits: int, dtype: torch.dtype) -> Chunks:
     """`((2^(bits-1) - zero) * scale)^T` [groups, out]: what HQQ's exact zeros add to a symmetric
     product, a group sum of x at a time."""
 
     def chunks(read: Read) -> Iterator[torch.Tensor]:
         pairs = zip(scales.slabs(read), zeros.slabs(read), strict=True)
         middle = float(1 << (bits - 1))
-        yield torch.cat([(middle - zero.float()) * scale.float() for scale, zero in pairs]).T
+        parts = [(middle - zero.float()) * scale.float() for scale, zero in pairs]
+        yield torch.cat(parts).to(dtype).T
 
     return chunks
 

@@ -22,13 +22,14 @@ FORMATS = ("onnx", "tensorrt")
 @click.argument("model", type=PATH)
 @output_option
 @click.option(
-    "--to", "target", default="onnx", show_default=True, help="Format of the graph: onnx, tensorrt."
+    "--to", "to", default="onnx", show_default=True, help="Format of the graph: onnx, tensorrt."
 )
 @click.option(
     "--target",
-    "gpus",
+    "targets",
     multiple=True,
-    help="TensorRT: a GPU to build an engine for, such as sm89; may be given several times.",
+    help="What it is to run on. ONNX: cpu (default) or cuda. TensorRT: a GPU to build an engine "
+    "for, such as sm89; may be given several times.",
 )
 @click.option("--compat", help="TensorRT: the version, rtx1.7 (default), trt11, trt10.15, trt10.3.")
 @click.option("--dtype", help="TensorRT: type of activations, fp16 (default), bf16, fp32.")
@@ -45,8 +46,8 @@ def command(
     reporter: Reporter,
     model: Path,
     output: Path,
-    target: str,
-    gpus: tuple[str, ...],
+    to: str,
+    targets: tuple[str, ...],
     compat: str | None,
     dtype: str | None,
     plugin: bool,
@@ -59,20 +60,20 @@ def command(
     """Write a bundle: the graph of MODEL, its weights, its tokenizer and a manifest.
 
     MODEL is a checkpoint as it was downloaded, or one that `mla-deploy quantize` wrote. With
+    `--target cuda` the graph computes in float16, for ONNX Runtime's CUDA provider. With
     `--to tensorrt` the bundle holds an engine a GPU; MODEL may also be a bundle that was made with
     `--onnx-only`.
     """
     from mla_deploy.errors import UsageError
 
-    if target not in FORMATS:
+    if to not in FORMATS:
         raise UsageError(
             "there is no export to this format",
-            found=target,
+            found=to,
             allowed=", ".join(FORMATS),
             hint="`--to onnx` runs on ONNX Runtime",
         )
     choices: dict[str, Any] = {
-        "targets": gpus or None,
         "compat": compat,
         "dtype": dtype,
         "plugin": plugin or None,
@@ -83,23 +84,31 @@ def command(
     }
     given = {name: value for name, value in choices.items() if value is not None}
     report: ExportReport | TensorRtReport
-    if target == "onnx":
+    if to == "onnx":
         if given:
             raise UsageError(
                 "an option of TensorRT without it",
-                found="--" + next(iter(given)).replace("targets", "target").replace("_", "-"),
+                found="--" + next(iter(given)).replace("_", "-"),
                 hint="add `--to tensorrt`",
+            )
+        if len(targets) > 1:
+            raise UsageError(
+                "a bundle for ONNX Runtime has one target",
+                found=", ".join(targets),
+                hint="export once for each",
             )
         from mla_deploy.exporters.onnx import export_onnx
 
         with reporter.progress("writing weights") as progress:
-            report = export_onnx(model, output, force=force, progress=progress)
+            report = export_onnx(
+                model, output, target=(*targets, "cpu")[0], force=force, progress=progress
+            )
         engines: list[dict[str, Any]] = []
     else:
         from mla_deploy.exporters.tensorrt.export import TensorRtOptions, export_tensorrt
         from mla_deploy.runtime.tensorrt_plugin import plugin_library
 
-        options = TensorRtOptions(**given, plugin_library=plugin_library())
+        options = TensorRtOptions(targets=targets, plugin_library=plugin_library(), **given)
         with reporter.progress("exporting") as progress:
             made = export_tensorrt(model, output, options, force=force, progress=progress)
         report, engines = made, [vars(one) for one in made.engines]
@@ -113,13 +122,13 @@ def command(
     ]
     values = {
         "bundle": str(report.bundle),
-        "target": target,
+        "target": to,
         "bytes": report.bytes,
         "nodes": report.nodes,
         "kv_bytes_per_token": report.kv_bytes_per_token,
         "seconds": report.seconds,
     }
-    if target == "tensorrt":
+    if to == "tensorrt":
         values["engines"] = engines
     reporter.result(values, table.pairs(entries))
 

@@ -57,6 +57,11 @@ kernels_option = click.option(
     help="Of latent attention in a bundle: native (our operator library), stock (ONNX Runtime's "
     "own), or auto, native where it is installed. Default: auto.",
 )
+device_option = click.option(
+    "--device",
+    help="cpu, or cuda: the first GPU. It must be what the bundle was exported for, and is that "
+    "where it is not given.",
+)
 output_option = click.option("-o", "--output", type=PATH, required=True, help="Folder to write.")
 force_option = click.option(
     "--force", is_flag=True, help="Replace the output folder if it is there already."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mla_deploy.cli.options import PATH, kernels_option, threads_option
+from mla_deploy.cli.options import PATH, device_option, kernels_option, threads_option
 from mla_deploy.cli.reporter import Reporter, reporting
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 @click.option("--chat", is_flag=True, help="Take the prompt as a user's turn of a conversation.")
 @threads_option
 @kernels_option
+@device_option
 @reporting
 def command(
     reporter: Reporter,
@@ -63,6 +64,7 @@ def command(
     chat: bool,
     threads: int | None,
     kernels: str | None,
+    device: str | None,
 ) -> None:
     """Continue PROMPT with the model in BUNDLE; `-` reads the prompt from standard input.
 
@@ -82,7 +84,7 @@ def command(
     )
     if prompt == "-":
         prompt = decode_text(sys.stdin.buffer.read(), "standard input")
-    engine = load(bundle, threads=threads, kernels=kernels or "auto")
+    engine = load(bundle, threads=threads, kernels=kernels or "auto", device=device)
     reporter.kernels(engine.kernels, kernels)
     asked = engine.tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else prompt
     with engine.stream(asked, options) as generation:

@@ -129,20 +129,24 @@ def reference(
     latent_norm_epsilon: float,
     mode: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """`latent_attention` in plain torch; exporters trace it for targets without a kernel."""
+    """`latent_attention` in plain torch; exporters trace it for targets without a kernel.
+
+    It computes in float32 or wider, whatever comes in.
+    """
     attend = {"absorbed": attend_absorbed, "expanded": attend_expanded, "auto": attend_absorbed}
     if mode not in attend:
         raise UsageError("unknown attention mode", found=mode, allowed=", ".join(attend))
     record = cache_record(cache_format)
     rank = w_uk.shape[2]
-    c_kv, k_pe = new_latents(kv, cos, sin, rank, latent_norm_epsilon)
+    wide = torch.float64 if q.dtype is torch.float64 else torch.float32
+    c_kv, k_pe = new_latents(kv.to(wide), cos, sin, rank, latent_norm_epsilon)
     new_cache = append(c_kv, k_pe, block_table, past_lengths, new_lengths, cache, record)
-    c_kv, k_pe = read(block_table, new_cache, record, rank, kv.shape[2] - rank, q.dtype)
-    q_nope, q_pe = new_queries(q, cos, sin, w_uk.shape[0], w_uk.shape[1])
+    c_kv, k_pe = read(block_table, new_cache, record, rank, kv.shape[2] - rank, wide)
+    q_nope, q_pe = new_queries(q.to(wide), cos, sin, w_uk.shape[0], w_uk.shape[1])
     output = attend[mode](
-        q_nope, q_pe, c_kv, k_pe, w_uk.to(q.dtype), w_uv.to(q.dtype), past_lengths, softmax_scale
+        q_nope, q_pe, c_kv, k_pe, w_uk.to(wide), w_uv.to(wide), past_lengths, softmax_scale
     )
-    return output, new_cache
+    return output.to(q.dtype), new_cache
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

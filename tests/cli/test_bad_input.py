@@ -187,7 +187,8 @@ def test_export_to_an_unknown_format(tiny_mla: Path, outputs: Path, invoke: Invo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target", "sm89"], "without it"),
+        (["--target", "sm89"], "no such target"),
+        (["--target", "cpu", "--target", "cuda"], "has one target"),
         (["--onnx-only"], "without it"),
         (["--to", "tensorrt"], "none is named"),
         (["--to", "tensorrt", "--target", "sm42"], "does not build for this GPU"),
@@ -196,7 +197,7 @@ def test_export_to_an_unknown_format(tiny_mla: Path, outputs: Path, invoke: Invo
         (["--plugin"], "an option of TensorRT"),
     ],
 )
-def test_export_options_of_tensorrt(
+def test_export_options_that_do_not_fit(
     options: list[str], message: str, tiny_mla: Path, outputs: Path, invoke: Invoke
 ) -> None:
     result = invoke("export", tiny_mla, "-o", outputs / "out", *options)

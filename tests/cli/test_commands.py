@@ -77,6 +77,25 @@ def test_export_reports_the_bundle(
     assert "432 bytes a token" in forced.stdout
 
 
+def test_a_bundle_for_a_gpu_says_what_is_missing_where_there_is_none(
+    quantized: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It never falls back to the CPU."""
+    monkeypatch.setattr("mla_deploy.runtime.cuda.LIBRARY", "nowhere.so")
+    made = invoke("export", quantized, "-o", tmp_path / "bundle", "--target", "cuda")
+    assert made.exit_code == 0, made.output
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert manifest["cuda"] == {"dtype": "float16"}
+    for options, message in (
+        ([], "no CUDA kernels"),
+        (["--device", "cuda"], "no CUDA kernels"),
+        (["--device", "cpu"], "--to onnx --target cpu"),
+    ):
+        result = invoke("run", tmp_path / "bundle", PROMPT, *options)
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
 def test_run_streams_the_text_and_nothing_else_on_standard_output(
     bundle: Path, values_of: ValuesOf, invoke: Invoke
 ) -> None:

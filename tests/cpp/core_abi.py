@@ -60,6 +60,7 @@ class EngineOptions(Structure):
         ("struct_size", c_size_t), ("bundle", c_char_p), ("onnxruntime_library", c_char_p),
         ("ops_library", c_char_p), ("max_tokens", c_uint64), ("prefill_chunk", c_uint32),
         ("threads", c_uint32), ("spin", c_uint32), ("verify", c_uint32),
+        ("device", c_char_p), ("cuda_library", c_char_p),
     ]  # fmt: skip
 
 
@@ -146,6 +147,7 @@ class Api:
     """The library. Every function raises AbiError."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.raw = ctypes.CDLL(str(path))
         self.raw.mla_last_error.restype = c_char_p
         self.raw.mla_version.restype = c_char_p

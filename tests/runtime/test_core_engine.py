@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cpp.core_abi import AbiError, Api, SessionHandle, load_api
+from cpp.cuda_double import CudaApi
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -20,9 +21,11 @@ from hypothesis.stateful import (
 )
 
 
-@pytest.fixture(scope="module")
-def api() -> Api:
-    return load_api()
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def api(request: pytest.FixtureRequest) -> Api:
+    """With the cache in memory of the host, and on the GPU of `cuda_double`."""
+    api = load_api()
+    return api if request.param == "cpu" else CudaApi(api.path)
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 from cpp.core_abi import AbiError, Api, load_api
+from cpp.cuda_double import CudaApi
 
 HEADER = 64
 
 
-@pytest.fixture(scope="module")
-def api() -> Api:
-    return load_api()
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def api(request: pytest.FixtureRequest) -> Api:
+    """With the cache in memory of the host, and on the GPU of `cuda_double`."""
+    api = load_api()
+    return api if request.param == "cpu" else CudaApi(api.path)
 
 
 @pytest.fixture(scope="module")

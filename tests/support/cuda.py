@@ -30,6 +30,7 @@ from support.attention_case import AttentionCase
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "runtime" / "csrc" / "cuda"
 INCLUDES = [f"-I{ROOT / 'runtime' / folder}" for folder in ("csrc", "include")]
+HOST_SOURCES = ("emulation.cpp", "memory.cpp", "runtime.cpp", "status.cpp")
 KERNELS = ("latent_attention", "attend_int4", "attend_int8", "attend_fp16")
 # Memory is read as other types than it was written in; nvcc assumes nothing there, nor may we.
 FLAGS = ["-std=c++17", "-O0", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"]
@@ -55,7 +56,7 @@ def build_emulation(*flags: str) -> Path:
     library.parent.mkdir(parents=True, exist_ok=True)
     private = library.with_suffix(f".{os.getpid()}")  # workers of pytest may build at once
     private.mkdir()
-    sources = (*(f"{name}.cu" for name in KERNELS), "emulation.cpp", "runtime.cpp")
+    sources = (*(f"{name}.cu" for name in KERNELS), *HOST_SOURCES)
     objects = [str(private / f"{source}.o") for source in sources]
 
     def compile_one(source: str, target: str) -> None:

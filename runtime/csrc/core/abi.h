@@ -72,26 +72,28 @@ std::string text_or_empty(const char* text);
 constexpr size_t kLargestStruct = 4096;  // nothing of ours; a larger size was never set
 
 // A copy of a caller's struct, which may be of a program with newer headers.
+// older: its size in older headers, where fields were added since; these are zero then.
 template <class Struct>
-Struct read_struct(const Struct* given, const char* name) {
+Struct read_struct(const Struct* given, const char* name, size_t older = sizeof(Struct)) {
     static_assert(std::is_trivially_copyable_v<Struct> && offsetof(Struct, struct_size) == 0, "");
     const auto* bytes = reinterpret_cast<const unsigned char*>(&need(given, name));
     size_t size = 0;
     std::memcpy(&size, bytes, sizeof(size));
-    if (size < sizeof(Struct) || size > kLargestStruct) {
+    if (size != older && (size < sizeof(Struct) || size > kLargestStruct)) {
         throw invalid(join("the struct_size of ", name, " is out of range"))
             .found(size)
             .allowed(sizeof(Struct), " bytes or a little more")
             .next("initialise the struct with its MLA_..._INIT");
     }
-    if (std::any_of(bytes + sizeof(Struct), bytes + size, [](unsigned char b) { return b != 0; })) {
+    const size_t known = std::min(size, sizeof(Struct));
+    if (std::any_of(bytes + known, bytes + size, [](unsigned char b) { return b != 0; })) {
         throw invalid(join(name, " has fields that this library does not know"))
             .found(size, " bytes")
             .allowed(sizeof(Struct), " bytes, and zero beyond")
             .next("use a newer mla-deploy, or leave the new fields at zero");
     }
-    Struct copy;
-    std::memcpy(&copy, bytes, sizeof(Struct));
+    Struct copy{};
+    std::memcpy(&copy, bytes, known);
     return copy;
 }
 

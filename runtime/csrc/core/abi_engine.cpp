@@ -9,13 +9,16 @@ using namespace mla::core::abi;
 namespace {
 
 EngineOptions read_options(const mla_engine_options* given) {
-    const mla_engine_options read = read_struct(given, "the engine options");
+    const mla_engine_options read =
+        read_struct(given, "the engine options", offsetof(mla_engine_options, device));
     EngineOptions options;
     options.bundle = &need(read.bundle, "bundle");
     options.graph.onnxruntime_library = &need(read.onnxruntime_library, "onnxruntime_library");
     options.graph.ops_library = text_or_empty(read.ops_library);
     options.graph.threads = read.threads;
     options.graph.spin = read.spin != 0;
+    if (read.device != nullptr) options.device = device_of(read.device);
+    options.cuda_library = text_or_empty(read.cuda_library);
     options.max_tokens = read.max_tokens;
     options.prefill_chunk = read.prefill_chunk;
     options.verify = read.verify != 0;

@@ -1,9 +1,6 @@
 #include "core/arena.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <map>
 #include <new>
@@ -24,7 +21,9 @@ Error no_memory(uint64_t tokens) {
 
 }  // namespace
 
-PageArena::PageArena(const std::vector<LayerCache>& cache, uint64_t max_tokens) {
+PageArena::PageArena(const std::vector<LayerCache>& cache, uint64_t max_tokens,
+                     std::shared_ptr<CacheMemory> memory)
+    : memory_(std::move(memory)) {
     for (size_t layer = 0; layer < cache.size(); ++layer) {
         for (const CachePart& part : cache[layer].parts) {
             arrays_.push_back({layer, part, nullptr, 0});
@@ -39,25 +38,25 @@ PageArena::PageArena(const std::vector<LayerCache>& cache, uint64_t max_tokens) 
     const auto pages = static_cast<size_t>(pages_for(max_tokens) + 1);  // and the scratch page
     try {
         for (Array& array : arrays_) {
-            const size_t bytes = pages * array.part.page_bytes();
-            void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-            if (memory == MAP_FAILED) throw no_memory(max_tokens);
-            array.data = static_cast<uint8_t*>(memory);
-            array.bytes = bytes;
+            array.bytes = pages * array.part.page_bytes();
+            array.data = memory_->allocate(array.bytes);
+            if (array.data == nullptr) throw no_memory(max_tokens);
         }
         users_.resize(pages);
+    } catch (const Error&) {
+        release();
+        throw;
     } catch (const std::exception&) {
-        unmap();
+        release();
         throw no_memory(max_tokens);
     }
 }
 
-PageArena::~PageArena() { unmap(); }
+PageArena::~PageArena() { release(); }
 
-void PageArena::unmap() noexcept {
+void PageArena::release() noexcept {
     for (const Array& array : arrays_) {
-        if (array.data != nullptr) munmap(array.data, array.bytes);
+        if (array.data != nullptr) memory_->release(array.data, array.bytes);
     }
 }
 
@@ -68,9 +67,16 @@ uint64_t PageArena::free_pages() {
 
 bool PageArena::take(uint64_t count, std::vector<int64_t>& pages) {
     if (count > free_pages()) return false;
-    pages.reserve(pages.size() + count);  // the rest cannot fail,
+    pages.reserve(pages.size() + count);  // what is below `finish` cannot fail,
     const size_t touched = static_cast<size_t>(next_fresh_) + count;
     if (returned_.capacity() < touched) returned_.reserve(2 * touched);  // nor can give_back
+    const auto again = static_cast<std::ptrdiff_t>(std::min<uint64_t>(count, returned_.size()));
+    for (auto page = returned_.end() - again; page != returned_.end(); ++page) {
+        for (const Array& array : arrays_) {
+            memory_->clear(at(array, *page), array.part.page_bytes());
+        }
+    }
+    if (again > 0) memory_->finish();
     for (uint64_t i = 0; i < count; ++i) {
         int64_t page = next_fresh_;
         if (returned_.empty()) {
@@ -78,9 +84,6 @@ bool PageArena::take(uint64_t count, std::vector<int64_t>& pages) {
         } else {  // before fresh ones: its memory is there already
             page = returned_.back();
             returned_.pop_back();
-            for (const Array& array : arrays_) {
-                std::memset(at(array, page), 0, array.part.page_bytes());
-            }
         }
         users_[static_cast<size_t>(page)] = 1;
         pages.push_back(page);
@@ -108,7 +111,22 @@ void PageArena::abandon(std::vector<int64_t> pages) noexcept {
 
 void PageArena::copy(int64_t from, int64_t to) {
     for (const Array& array : arrays_) {
-        std::memcpy(at(array, to), at(array, from), array.part.page_bytes());
+        memory_->copy(at(array, to), at(array, from), array.part.page_bytes());
+    }
+    memory_->finish();
+}
+
+void PageArena::read(int64_t page, uint8_t* host) const {
+    for (const Array& array : arrays_) {
+        memory_->read(host, at(array, page), array.part.page_bytes());
+        host += array.part.page_bytes();
+    }
+}
+
+void PageArena::write(int64_t page, const uint8_t* host) {
+    for (const Array& array : arrays_) {
+        memory_->write(at(array, page), host, array.part.page_bytes());
+        host += array.part.page_bytes();
     }
 }
 
@@ -150,7 +168,12 @@ void PageTable::unshare(int64_t& page) {
     if (!arena_->is_shared(page)) return;
     std::vector<int64_t> copy;
     arena_->take(1, copy);
-    arena_->copy(page, copy[0]);
+    try {
+        arena_->copy(page, copy[0]);
+    } catch (...) {
+        arena_->give_back(copy[0]);
+        throw;
+    }
     arena_->give_back(page);
     page = copy[0];
 }
@@ -164,7 +187,12 @@ void PageTable::truncate(uint64_t length) {
 bool PageTable::extend_by_copies(uint64_t length) {
     const size_t full = pages_.size();
     if (!reserve({{this, full * kPageTokens, length}})) return false;
-    for (size_t i = full; i < pages_.size(); ++i) arena_->copy(pages_[i % full], pages_[i]);
+    try {
+        for (size_t i = full; i < pages_.size(); ++i) arena_->copy(pages_[i % full], pages_[i]);
+    } catch (...) {
+        truncate(full * kPageTokens);
+        throw;
+    }
     return true;
 }
 

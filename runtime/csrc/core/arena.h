@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/manifest.h"
+#include "core/memory.h"
 
 namespace mla::core {
 
@@ -20,10 +21,11 @@ constexpr int64_t kScratchPage = 0;
 // one of their sequences writes. A page that is handed out again is zeroed first, so that nothing
 // one session left (an infinity would survive a masked product) reaches another.
 //
-// One thread at a time, but for `abandon`.
+// One thread at a time, but for `abandon`, `read` and `write`. Where a device fails, nothing has
+// been taken, and the error is the memory's.
 class PageArena {
   public:
-    // [pages, *part.page_shape], at a page of memory, so at a cache line.
+    // [pages, *part.page_shape], at a cache line.
     struct Array {
         size_t layer;
         CachePart part;
@@ -31,9 +33,9 @@ class PageArena {
         size_t bytes;
     };
 
-    // Reserves memory; the system provides a page of it when it is first written.
     // Errors: MLA_OUT_OF_MEMORY.
-    PageArena(const std::vector<LayerCache>& cache, uint64_t max_tokens);
+    PageArena(const std::vector<LayerCache>& cache, uint64_t max_tokens,
+              std::shared_ptr<CacheMemory> memory);
     ~PageArena();
     PageArena(const PageArena&) = delete;
     PageArena& operator=(const PageArena&) = delete;
@@ -64,15 +66,18 @@ class PageArena {
     // Copies a page in all arrays.
     void copy(int64_t from, int64_t to);
 
-    // Where a page of an array begins.
+    // A page of all arrays, one after another: [page_bytes()].
+    void read(int64_t page, uint8_t* host) const;
+    void write(int64_t page, const uint8_t* host);
+
+  private:
     uint8_t* at(const Array& array, int64_t page) const {
         return array.data + static_cast<size_t>(page) * array.part.page_bytes();
     }
-
-  private:
-    void unmap() noexcept;
+    void release() noexcept;
     void collect();
 
+    const std::shared_ptr<CacheMemory> memory_;
     std::vector<Array> arrays_;
     size_t page_bytes_ = 0;
     std::vector<uint32_t> users_;  // of each page

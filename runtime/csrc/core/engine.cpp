@@ -15,6 +15,23 @@ constexpr uint32_t kPrefillChunk = 512;
 
 using Lock = std::lock_guard<FairMutex>;
 
+std::shared_ptr<CacheMemory> memory_for(const EngineOptions& options, const Bundle& bundle) {
+    const Device target = bundle.manifest.device, device = options.device.value_or(target);
+    if (device != target) {
+        throw Error(MLA_BAD_BUNDLE,
+                    join(bundle.folder, " was not exported for the device ", name_of(device)))
+            .found("target ", name_of(target))
+            .next("mla-deploy export MODEL -o BUNDLE --to onnx --target ", name_of(device),
+                  ", or open it with the device ", name_of(target));
+    }
+    if (device == Device::kCpu) return host_memory();
+    if (options.cuda_library.empty()) {
+        throw invalid("the device cuda needs cuda_library")
+            .next("name libmla_deploy_cuda.so, which is built with -DMLA_CUDA=ON");
+    }
+    return cuda_memory(options.cuda_library);
+}
+
 }  // namespace
 
 Claim::Claim(Session& session) : session_(session) {
@@ -46,7 +63,8 @@ Engine::Engine(const EngineOptions& options)
     : bundle_((options.check(), Bundle::open(options.bundle, options.verify))),
       arena_(std::make_shared<PageArena>(
           bundle_.manifest.cache,
-          options.max_tokens > 0 ? options.max_tokens : model().max_position_embeddings)),
+          options.max_tokens > 0 ? options.max_tokens : model().max_position_embeddings,
+          memory_for(options, bundle_))),
       graph_(bundle_, options.graph),
       prefill_chunk_(options.prefill_chunk > 0 ? options.prefill_chunk : kPrefillChunk) {
     graph_.bind_cache(*arena_);

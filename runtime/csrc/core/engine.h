@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -18,8 +19,10 @@ namespace mla::core {
 struct EngineOptions {
     std::string bundle;
     DecoderGraph::Options graph;
-    uint64_t max_tokens = 0;     // 0: one session of the model's full context
-    uint32_t prefill_chunk = 0;  // 0: 512
+    std::optional<Device> device;  // must be what the bundle was exported for; none: that it is
+    std::string cuda_library;      // for Device::kCuda: libmla_deploy_cuda.so
+    uint64_t max_tokens = 0;       // 0: one session of the model's full context
+    uint32_t prefill_chunk = 0;    // 0: 512
     bool verify = false;
 
     // Errors: MLA_INVALID_ARGUMENT.

@@ -1,21 +1,24 @@
 #include "core/graph.h"
 
 #include "core/arena.h"
+#include "core/cuda_provider.h"
 #include "core/signature.h"
 
 namespace mla::core {
 
 namespace {
 
-OrtOwned<OrtMemoryInfo> cpu_memory(const OrtApi& api) {
+OrtOwned<OrtMemoryInfo> memory_of(const OrtApi& api, Device device) {
     OrtMemoryInfo* memory = nullptr;
-    check(api, api.CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &memory),
+    const char* const name = device == Device::kCpu ? "Cpu" : "Cuda";
+    check(api, api.CreateMemoryInfo(name, OrtDeviceAllocator, 0, OrtMemTypeDefault, &memory),
           MLA_BAD_RUNTIME, "onnxruntime cannot describe memory");
     return {memory, api.ReleaseMemoryInfo};
 }
 
-OrtOwned<OrtSessionOptions> session_options(const OrtApi& api,
+OrtOwned<OrtSessionOptions> session_options(const OrtHost& host, Device device,
                                             const DecoderGraph::Options& options) {
+    const OrtApi& api = *host.api;
     const auto must = [&](OrtStatus* status) {
         check(api, status, MLA_BAD_RUNTIME, "onnxruntime does not take the options");
     };
@@ -27,6 +30,7 @@ OrtOwned<OrtSessionOptions> session_options(const OrtApi& api,
     must(api.SetIntraOpNumThreads(raw, static_cast<int>(options.threads)));
     must(api.AddSessionConfigEntry(raw, "session.intra_op.allow_spinning",
                                    options.spin ? "1" : "0"));
+    if (device == Device::kCuda) append_cuda_provider(host, *raw);
     if (!options.ops_library.empty()) {
         check(api, api.RegisterCustomOpsLibrary_V2(raw, options.ops_library.c_str()),
               MLA_BAD_RUNTIME, options.ops_library + " cannot be used as operator library");
@@ -39,7 +43,8 @@ OrtOwned<OrtSessionOptions> session_options(const OrtApi& api,
 DecoderGraph::DecoderGraph(const Bundle& bundle, const Options& options)
     : host_(OrtHost::open(options.onnxruntime_library)),
       api_(*host_.api),
-      memory_(cpu_memory(api_)),
+      host_memory_(memory_of(api_, Device::kCpu)),
+      cache_memory_(memory_of(api_, bundle.manifest.device)),
       session_(open_session(bundle, options)),
       binding_(nullptr, api_.ReleaseIoBinding),
       vocab_size_(bundle.manifest.model.vocab_size) {
@@ -51,7 +56,7 @@ DecoderGraph::DecoderGraph(const Bundle& bundle, const Options& options)
 
 OrtOwned<OrtSession> DecoderGraph::open_session(const Bundle& bundle,
                                                 const Options& options) const {
-    const auto prepared = session_options(api_, options);
+    const auto prepared = session_options(host_, bundle.manifest.device, options);
     const std::string path = bundle.graph_path();
     OrtSession* session = nullptr;
     OrtStatus* status = api_.CreateSession(host_.env, path.c_str(), prepared.get(), &session);
@@ -64,7 +69,8 @@ void DecoderGraph::bind_cache(PageArena& arena) {
     for (const PageArena::Array& array : arena.arrays()) {
         std::vector<int64_t> shape{arena.pages()};
         shape.insert(shape.end(), array.part.page_shape.begin(), array.part.page_shape.end());
-        const auto value = tensor(array.data, array.bytes, shape, onnx_type(array.part.type));
+        const auto value =
+            tensor(*cache_memory_, array.data, array.bytes, shape, onnx_type(array.part.type));
         const std::string input = cache_input(array.layer, array.part);
         const std::string output = cache_output(array.layer, array.part);
         check(api_.BindInput(binding_.get(), input.c_str(), value.get()));
@@ -80,8 +86,8 @@ const float* DecoderGraph::run(StepInputs& in, Cancellation* cancellation) {
     bind_input("logit_index", in.logit_index, {in.batch, in.logits});
     logits_.resize(static_cast<size_t>(in.batch * in.logits * vocab_size_));
     const auto output =
-        tensor(logits_.data(), logits_.size() * sizeof(float), {in.batch, in.logits, vocab_size_},
-               ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+        tensor(*host_memory_, logits_.data(), logits_.size() * sizeof(float),
+               {in.batch, in.logits, vocab_size_}, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
     check(api_.BindOutput(binding_.get(), "logits", output.get()));
 
     OrtRunOptions* options = nullptr;
@@ -108,16 +114,17 @@ const float* DecoderGraph::run(StepInputs& in, Cancellation* cancellation) {
 
 void DecoderGraph::bind_input(const char* name, std::vector<int64_t>& values,
                               const std::vector<int64_t>& shape) {
-    const auto value = tensor(values.data(), values.size() * sizeof(int64_t), shape,
+    const auto value = tensor(*host_memory_, values.data(), values.size() * sizeof(int64_t), shape,
                               ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
     check(api_.BindInput(binding_.get(), name, value.get()));  // takes a share of the value
 }
 
-OrtOwned<OrtValue> DecoderGraph::tensor(void* data, size_t bytes, const std::vector<int64_t>& shape,
+OrtOwned<OrtValue> DecoderGraph::tensor(const OrtMemoryInfo& memory, void* data, size_t bytes,
+                                        const std::vector<int64_t>& shape,
                                         ONNXTensorElementDataType type) const {
     OrtValue* value = nullptr;
-    check(api_.CreateTensorWithDataAsOrtValue(memory_.get(), data, bytes, shape.data(),
-                                              shape.size(), type, &value));
+    check(api_.CreateTensorWithDataAsOrtValue(&memory, data, bytes, shape.data(), shape.size(),
+                                              type, &value));
     return {value, api_.ReleaseValue};
 }
 

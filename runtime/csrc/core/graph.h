@@ -41,7 +41,8 @@ class DecoderGraph {
     // Lets the graph read and write the arena, which must outlive the last run.
     void bind_cache(PageArena& arena);
 
-    // One step; gives logits [B, L, vocab_size], which live until the next one.
+    // One step; gives logits [B, L, vocab_size], which live until the next one. On a device, the
+    // inputs are copied there and the logits from there, and nothing else; it has finished then.
     // Errors: MLA_MODEL_FAILED, MLA_CANCELLED.
     const float* run(StepInputs& inputs, Cancellation* cancellation);
 
@@ -49,7 +50,8 @@ class DecoderGraph {
 
   private:
     OrtOwned<OrtSession> open_session(const Bundle& bundle, const Options& options) const;
-    OrtOwned<OrtValue> tensor(void* data, size_t bytes, const std::vector<int64_t>& shape,
+    OrtOwned<OrtValue> tensor(const OrtMemoryInfo& memory, void* data, size_t bytes,
+                              const std::vector<int64_t>& shape,
                               ONNXTensorElementDataType type) const;
     void bind_input(const char* name, std::vector<int64_t>& values,
                     const std::vector<int64_t>& shape);
@@ -57,7 +59,8 @@ class DecoderGraph {
 
     const OrtHost& host_;
     const OrtApi& api_;
-    OrtOwned<OrtMemoryInfo> memory_;
+    OrtOwned<OrtMemoryInfo> host_memory_;
+    OrtOwned<OrtMemoryInfo> cache_memory_;  // of the arena
     OrtOwned<OrtSession> session_;
     OrtOwned<OrtIoBinding> binding_;
     int64_t vocab_size_;

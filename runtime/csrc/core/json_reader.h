@@ -21,6 +21,8 @@ class JsonObject {
         if (!value.is_object()) throw bad("", "an object");
     }
 
+    bool has(const char* name) const { return value_.contains(name); }
+
     const Json& any(const char* name) {
         const auto found = value_.find(name);
         if (found == value_.end()) throw bad(name, "a value; it is missing");

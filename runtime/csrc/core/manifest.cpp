@@ -134,6 +134,13 @@ std::string read_graph(const Json& value) {
     return path;
 }
 
+// The types of its activations are those of the graph, so that nobody has to know them.
+void read_cuda(const Json& value) {
+    JsonObject object(value, "cuda");
+    if (object.text("dtype") != "float16") throw object.bad("dtype", "float16");
+    object.end();
+}
+
 std::vector<LayerCache> read_cache(const Json& value) {
     JsonObject object(value, "cache");
     object.integer<int64_t>("page_tokens", kPageTokens, kPageTokens);
@@ -160,6 +167,15 @@ void check_version(const Json& value, const std::string& path) {
 }
 
 }  // namespace
+
+const char* name_of(Device device) { return device == Device::kCpu ? "cpu" : "cuda"; }
+
+Device device_of(const std::string& name) {
+    for (const Device device : {Device::kCpu, Device::kCuda}) {
+        if (name == name_of(device)) return device;
+    }
+    throw invalid("there is no such device").found(name).allowed("cpu, cuda");
+}
 
 const char* name_of(ElementType type) {
     switch (type) {
@@ -205,6 +221,10 @@ Manifest parse_manifest(const std::string& text, const std::string& path) {
         manifest.producer = object.text("producer");
         manifest.model = read_model(object.any("model"));
         manifest.graph_path = read_graph(object.any("graph"));
+        if (object.has("cuda")) {
+            read_cuda(object.any("cuda"));
+            manifest.device = Device::kCuda;
+        }
         manifest.cache = read_cache(object.any("cache"));
         if (manifest.cache.size() != manifest.model.num_hidden_layers) {
             throw object.bad("cache.layers",

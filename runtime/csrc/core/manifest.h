@@ -16,6 +16,14 @@ struct FileEntry {
     std::string sha256;  // 64 hex digits
 };
 
+// What a graph was exported for, and what an engine computes on.
+enum class Device { kCpu, kCuda };
+
+const char* name_of(Device device);
+
+// Errors: MLA_INVALID_ARGUMENT: no such name.
+Device device_of(const std::string& name);
+
 enum class ElementType { kUint8, kInt8, kFloat16, kFloat32 };
 
 const char* name_of(ElementType type);
@@ -56,6 +64,7 @@ struct Manifest {
     std::string producer;
     ModelInfo model;
     std::string graph_path;
+    Device device = Device::kCpu;
     std::vector<LayerCache> cache;  // one a layer
     std::vector<FileEntry> files;
 };

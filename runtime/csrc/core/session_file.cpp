@@ -66,14 +66,6 @@ void check_header(const Header& header, uint64_t size, Engine& engine, const std
     }
 }
 
-// Calls `each` with the memory of the page in every array.
-template <class Each>
-void for_each_part(const PageArena& arena, int64_t page, const Each& each) {
-    for (const PageArena::Array& array : arena.arrays()) {
-        each(arena.at(array, page), array.part.page_bytes());
-    }
-}
-
 }  // namespace
 
 void save_session(Session& session, const std::string& path) {
@@ -98,11 +90,7 @@ void save_session(Session& session, const std::string& path) {
     write(contents.tokens.data(), contents.tokens.size() * sizeof(mla_token));
     std::vector<uint8_t> buffer(engine.arena().page_bytes());
     for (const int64_t page : contents.pages) {
-        uint8_t* next = buffer.data();
-        for_each_part(engine.arena(), page, [&](const uint8_t* data, size_t size) {
-            std::memcpy(next, data, size);
-            next += size;
-        });
+        engine.arena().read(page, buffer.data());
         write(buffer.data(), buffer.size());
     }
     const Sha256::Digest digest = hash.finish();
@@ -130,11 +118,7 @@ std::shared_ptr<Session> load_session(Engine& engine, const std::string& path) {
     std::vector<uint8_t> buffer(engine.arena().page_bytes());
     for (const int64_t page : contents.pages) {
         read(buffer.data(), buffer.size());
-        const uint8_t* next = buffer.data();
-        for_each_part(engine.arena(), page, [&](uint8_t* data, size_t size) {
-            std::memcpy(data, next, size);
-            next += size;
-        });
+        engine.arena().write(page, buffer.data());
     }
     Sha256::Digest digest;
     file.read(digest.data(), digest.size());

@@ -1,17 +1,11 @@
 // The C calls: checks, the cut into rounds and splits, launches.
 #include <cmath>
-#include <cstdarg>
-#include <cstdio>
 
 #include "cuda/append.h"
 #include "cuda/attend_launch.h"
 #include "cuda/head_matmul.h"
 #include "cuda/merge.h"
-#include "mla_deploy/cuda.h"
-
-#ifndef MLA_CUDA_TARGETS
-#define MLA_CUDA_TARGETS "emulation"
-#endif
+#include "cuda/status.h"
 
 namespace mla::cuda {
 namespace {
@@ -21,42 +15,6 @@ constexpr int64_t kMaxSteps = 1 << 20;
 constexpr int64_t kMaxTablePages = 1 << 24;  // 2^30 tokens: positions are ints
 constexpr int64_t kMaxSplits = 256;
 constexpr int64_t kMaxPartialFloats = 64 << 20;
-constexpr int kMinComputeCapability = 80;
-
-thread_local char error_text[512] = "no call has failed in this thread";
-
-mla_cuda_status fail(mla_cuda_status status, const char* format, ...)
-    __attribute__((format(printf, 2, 3)));
-
-mla_cuda_status fail(mla_cuda_status status, const char* format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    std::vsnprintf(error_text, sizeof error_text, format, arguments);
-    va_end(arguments);
-    return status;
-}
-
-// `failure` came from a call of the CUDA runtime.
-mla_cuda_status fail_launch(Failure failure) {
-    Device device = {};
-    if (current_device(&device) != 0)
-        return fail(MLA_CUDA_UNSUPPORTED,
-                    "no NVIDIA GPU can be used here: %s. This library needs a driver for the CUDA "
-                    "release that it was built with, and a device of %s or later: install one, or "
-                    "use the CPU",
-                    failure_text(failure), MLA_CUDA_TARGETS);
-    const int capability = device.compute_capability;
-    if (capability < kMinComputeCapability)
-        return fail(MLA_CUDA_UNSUPPORTED,
-                    "the device has compute capability %d.%d; this library was built for %s: use "
-                    "another device, or the CPU",
-                    capability / 10, capability % 10, MLA_CUDA_TARGETS);
-    return fail(MLA_CUDA_FAILED,
-                "the CUDA runtime says: %s. The device has compute capability %d.%d; this library "
-                "was built for %s: if none of these serves it, build with MLA_CUDA_TARGETS=%d",
-                failure_text(failure), capability / 10, capability % 10, MLA_CUDA_TARGETS,
-                capability);
-}
 
 const AttendFamily& family_of(CacheFormat format) {
     return format == CacheFormat::kInt4   ? kAttendInt4
@@ -65,9 +23,6 @@ const AttendFamily& family_of(CacheFormat format) {
 }
 
 // ---- checks -----------------------------------------------------------------------------------
-
-#define MLA_EXPECT(condition, ...) \
-    if (!(condition)) return fail(MLA_CUDA_BAD_ARGUMENT, __VA_ARGS__)
 
 mla_cuda_status check_sizes(const mla_cuda_attention& a) {
     MLA_EXPECT(a.size == sizeof a,
@@ -119,9 +74,6 @@ mla_cuda_status set_reals(const char* name, const mla_cuda_reals& given, int64_t
     *reals = {given.data, static_cast<Element>(given.type), given.stride ? given.stride : dense};
     return check_pointer(name, given.data, given.type == MLA_CUDA_FP32 ? 4 : 2);
 }
-
-#define MLA_TRY(call) \
-    if (const mla_cuda_status status = (call); status != MLA_CUDA_OK) return status
 
 // What append and attention both need.
 mla_cuda_status fill_common(const mla_cuda_attention& a, Params* p) {
@@ -251,9 +203,6 @@ size_t most_bytes(const mla_cuda_attention& a) {
 
 // ---- launches ---------------------------------------------------------------------------------
 
-#define MLA_LAUNCH(call) \
-    if (const Failure failure = (call)) return fail_launch(failure)
-
 mla_cuda_status launch_append(const Params& p, CacheFormat format, Stream stream) {
     constexpr int kWarps = Append<CacheFormat::kInt4>::kWarps;
     const Grid grid = {(int64_t{p.batch} * p.steps + kWarps - 1) / kWarps, 1, 1};
@@ -348,10 +297,6 @@ mla_cuda_status attend(const mla_cuda_attention& a, Stream stream) {
 
 extern "C" {
 
-const char* mla_cuda_last_error(void) { return mla::cuda::error_text; }
-
-const char* mla_cuda_targets(void) { return MLA_CUDA_TARGETS; }
-
 mla_cuda_status mla_cuda_check_device(void) {
     using namespace mla::cuda;
     Device device = {};
@@ -402,13 +347,6 @@ mla_cuda_status mla_cuda_latent_attention(const mla_cuda_attention* attention, v
     using namespace mla::cuda;
     MLA_EXPECT(attention, "mla_cuda_latent_attention: a null pointer");
     return attend(*attention, stream);
-}
-
-mla_cuda_status mla_cuda_copy(void* to, const void* from, size_t bytes, void* stream) {
-    using namespace mla::cuda;
-    MLA_EXPECT((to && from) || bytes == 0, "mla_cuda_copy: a null pointer");
-    MLA_LAUNCH(copy_on_device(to, from, bytes, stream));
-    return MLA_CUDA_OK;
 }
 
 }  // extern "C"

@@ -28,7 +28,14 @@ struct Device {
 // The current device.
 Failure current_device(Device* device);
 
+// Zeroed memory, in *memory; null: the device has not as much left.
+Failure allocate_on_device(void** memory, size_t bytes);
+Failure release_on_device(void* memory);
+Failure clear_on_device(void* memory, size_t bytes, Stream stream);
 Failure copy_on_device(void* to, const void* from, size_t bytes, Stream stream);
+Failure copy_to_host(void* host, const void* from, size_t bytes);
+Failure copy_to_device(void* to, const void* host, size_t bytes);
+Failure wait_for(Stream stream);
 
 struct Grid {
     int64_t x, y, z;

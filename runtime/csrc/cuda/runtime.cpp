@@ -2,6 +2,7 @@
 
 #ifdef MLA_CUDA_EMULATION
 
+#include <cstdlib>
 #include <cstring>
 
 namespace mla::cuda {
@@ -14,10 +15,37 @@ Failure current_device(Device* device) {
     return 0;
 }
 
+Failure allocate_on_device(void** memory, size_t bytes) {
+    *memory = std::calloc(bytes, 1);
+    return 0;
+}
+
+Failure release_on_device(void* memory) {
+    std::free(memory);
+    return 0;
+}
+
+Failure clear_on_device(void* memory, size_t bytes, Stream) {
+    std::memset(memory, 0, bytes);
+    return 0;
+}
+
 Failure copy_on_device(void* to, const void* from, size_t bytes, Stream) {
     std::memcpy(to, from, bytes);
     return 0;
 }
+
+Failure copy_to_host(void* host, const void* from, size_t bytes) {
+    std::memcpy(host, from, bytes);
+    return 0;
+}
+
+Failure copy_to_device(void* to, const void* host, size_t bytes) {
+    std::memcpy(to, host, bytes);
+    return 0;
+}
+
+Failure wait_for(Stream) { return 0; }
 
 }  // namespace mla::cuda
 
@@ -56,10 +84,43 @@ Failure current_device(Device* device) {
     return 0;
 }
 
+Failure allocate_on_device(void** memory, size_t bytes) {
+    cudaError_t error = cudaMalloc(memory, bytes);
+    if (error == cudaErrorMemoryAllocation) {
+        *memory = nullptr;
+        cudaGetLastError();  // it is told by the null, and no later call is to find it
+        return 0;
+    }
+    if (error == cudaSuccess) {
+        error = cudaMemset(*memory, 0, bytes);
+        if (error == cudaSuccess) error = cudaDeviceSynchronize();
+        if (error != cudaSuccess) cudaFree(*memory);
+    }
+    return error;
+}
+
+Failure release_on_device(void* memory) { return cudaFree(memory); }
+
+Failure clear_on_device(void* memory, size_t bytes, Stream stream) {
+    return cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream));
+}
+
 Failure copy_on_device(void* to, const void* from, size_t bytes, Stream stream) {
     return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice,
                            static_cast<cudaStream_t>(stream));
 }
+
+Failure copy_to_host(void* host, const void* from, size_t bytes) {
+    return cudaMemcpy(host, from, bytes, cudaMemcpyDeviceToHost);
+}
+
+Failure copy_to_device(void* to, const void* host, size_t bytes) {
+    const cudaError_t error = cudaMemcpy(to, host, bytes, cudaMemcpyHostToDevice);
+    // A small copy may still be on its way when the call returns.
+    return error == cudaSuccess ? cudaStreamSynchronize(nullptr) : error;
+}
+
+Failure wait_for(Stream stream) { return cudaStreamSynchronize(static_cast<cudaStream_t>(stream)); }
 
 }  // namespace mla::cuda
 

@@ -31,6 +31,21 @@ mla_cuda_cache cache_format(cpu::CacheFormat format) {
     }
 }
 
+// What a node's calls have in common.
+mla_cuda_attention call_of(const Attributes& attributes) {
+    mla_cuda_attention call = {};
+    call.size = sizeof call;
+    call.heads = attributes.dims.heads;
+    call.nope = attributes.dims.nope;
+    call.rank = attributes.dims.rank;
+    call.rope = attributes.dims.rope;
+    call.v = attributes.dims.v;
+    call.cache_format = cache_format(attributes.cache_format);
+    call.softmax_scale = attributes.softmax_scale;
+    call.latent_norm_epsilon = attributes.latent_norm_epsilon;
+    return call;
+}
+
 // Memory of ONNX Runtime's arena on the device, given back when the call has enqueued its work:
 // whoever gets it next works on the same stream, and so after us.
 class Workspace {
@@ -69,8 +84,10 @@ class Workspace {
 LatentAttentionCudaKernel::LatentAttentionCudaKernel(const OrtApi& api, const OrtKernelInfo* info)
     : api(api), attributes_(read_attributes(api, info)), parts_(cache_parts(attributes_)) {
     check_types(api, info, parts_, Activations::kFp16);
-    cache_format(attributes_.cache_format);
     check(mla_cuda_check_device());
+    mla_cuda_attention smallest = call_of(attributes_);
+    smallest.batch = smallest.steps = smallest.table_pages = smallest.pages = 1;
+    check(mla_cuda_workspace_bytes(&smallest, &smallest.workspace_bytes));
 }
 
 void LatentAttentionCudaKernel::compute(OrtKernelContext* context) const {
@@ -83,17 +100,10 @@ void LatentAttentionCudaKernel::compute(OrtKernelContext* context) const {
     result.shape[2] = int64_t{attributes_.dims.heads} * attributes_.dims.v;
     result = output(api, context, 0, result);
 
-    mla_cuda_attention call = {};
-    call.size = sizeof call;
+    mla_cuda_attention call = call_of(attributes_);
     call.batch = operands.batch;
     call.steps = operands.steps;
     call.table_pages = operands.pages_per_sequence;
-    call.heads = attributes_.dims.heads;
-    call.nope = attributes_.dims.nope;
-    call.rank = attributes_.dims.rank;
-    call.rope = attributes_.dims.rope;
-    call.v = attributes_.dims.v;
-    call.cache_format = cache_format(attributes_.cache_format);
     call.q = {data(kQ), MLA_CUDA_FP16, 0};
     call.kv = {data(kKv), MLA_CUDA_FP16, 0};
     call.output = {result.data, MLA_CUDA_FP16, 0};
@@ -105,8 +115,6 @@ void LatentAttentionCudaKernel::compute(OrtKernelContext* context) const {
     call.past_lengths = operands.inputs[kPastLengths].as<const int64_t>();
     call.new_lengths = operands.inputs[kNewLengths].as<const int64_t>();
     call.pages = operands.pages;
-    call.softmax_scale = attributes_.softmax_scale;
-    call.latent_norm_epsilon = attributes_.latent_norm_epsilon;
     for (size_t i = 0; i < parts_.size(); ++i) {
         const Tensor& past = operands.cache[i];
         const Tensor present = output(api, context, 1 + i, past);

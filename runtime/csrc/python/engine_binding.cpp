@@ -32,7 +32,9 @@ std::string path_of(const nb::bytes& path) {
 
 void open_engine(PyEngine* self, const nb::bytes& bundle, const nb::bytes& onnxruntime_library,
                  const std::optional<nb::bytes>& ops_library, uint64_t max_tokens,
-                 uint32_t prefill_chunk, uint32_t threads, bool spin, bool verify) {
+                 uint32_t prefill_chunk, uint32_t threads, bool spin, bool verify,
+                 const std::optional<std::string>& device,
+                 const std::optional<nb::bytes>& cuda_library) {
     EngineOptions options;
     options.bundle = path_of(bundle);
     options.graph.onnxruntime_library = path_of(onnxruntime_library);
@@ -42,6 +44,8 @@ void open_engine(PyEngine* self, const nb::bytes& bundle, const nb::bytes& onnxr
     options.max_tokens = max_tokens;
     options.prefill_chunk = prefill_chunk;
     options.verify = verify;
+    if (device) options.device = device_of(*device);
+    if (cuda_library) options.cuda_library = path_of(*cuda_library);
     std::shared_ptr<Engine> engine;
     {
         const nb::gil_scoped_release release;
@@ -90,6 +94,7 @@ void bind_engine_class(nb::module_& m) {
     nb::class_<PyEngine>(m, "Engine", "A bundle in memory, and the cache that its sessions share.")
         .def("__init__", &open_engine, "bundle"_a, "onnxruntime_library"_a, "ops_library"_a.none(),
              "max_tokens"_a, "prefill_chunk"_a, "threads"_a, "spin"_a, "verify"_a,
+             "device"_a.none(), "cuda_library"_a.none(),
              "Paths as os.fsencode gives them; the numbers as in runtime.h, 0 for the default.")
         .def_prop_ro(
             "capacity_tokens", [](const PyEngine& self) { return self.engine->capacity_tokens(); },

@@ -8,12 +8,12 @@
  * The Python reference is mla_deploy/ops/attention.py; the bytes of the cache are those of
  * docs/cache-record.md.
  *
- * - Every call only enqueues work: it does not wait, allocates nothing, copies nothing to or from
- *   the host. Lengths and pages are read on the device, and grids follow from sizes alone, so a
- * call may be captured into a CUDA graph and replayed as the sequences grow.
+ * - Calls on attention only enqueue work: they do not wait, allocate nothing, copy nothing to or
+ *   from the host. Lengths and pages are read on the device, and grids follow from sizes alone, so
+ *   a call may be captured into a CUDA graph and replayed as the sequences grow.
  * - The device is the current one of the calling thread. Calls on one workspace must be ordered.
  * - Unless a call returns MLA_CUDA_OK, mla_cuda_last_error() has the text, and
- * MLA_CUDA_BAD_ARGUMENT and MLA_CUDA_UNSUPPORTED mean that nothing was enqueued.
+ *   MLA_CUDA_BAD_ARGUMENT and MLA_CUDA_UNSUPPORTED mean that nothing was enqueued.
  *
  * Notation: B sequences, S new tokens each (padded on the right), H heads, N = qk_nope_head_dim,
  * R = qk_rope_head_dim, D = kv_lora_rank, V = v_head_dim, M pages a sequence, 64 tokens a page.
@@ -34,7 +34,8 @@ typedef enum mla_cuda_status {
     MLA_CUDA_OK = 0,
     MLA_CUDA_BAD_ARGUMENT = 1, /* a size, pointer or value that the call cannot work with */
     MLA_CUDA_UNSUPPORTED = 2,  /* this device cannot run what this library was built for */
-    MLA_CUDA_FAILED = 3        /* the CUDA runtime reports an error */
+    MLA_CUDA_FAILED = 3,       /* the CUDA runtime reports an error */
+    MLA_CUDA_NO_MEMORY = 4     /* the device has not as much left */
 } mla_cuda_status;
 
 typedef enum mla_cuda_type {
@@ -141,8 +142,24 @@ MLA_API mla_cuda_status mla_cuda_latent_append(const mla_cuda_attention* attenti
 MLA_API mla_cuda_status mla_cuda_latent_attention(const mla_cuda_attention* attention,
                                                   void* stream);
 
-/* Copies on the device, for a cache that must not be written in place. */
+/* ---- memory of the current device, for a cache ---------------------------------------------- */
+
+/* Zeroed memory, aligned to 256 bytes. Waits. Also: MLA_CUDA_NO_MEMORY. */
+MLA_API mla_cuda_status mla_cuda_allocate(void** memory, size_t bytes);
+
+/* Waits for work that uses it. Null is allowed. */
+MLA_API mla_cuda_status mla_cuda_release(void* memory);
+
+/* Sets bytes to zero, and copies on the device. They only enqueue. */
+MLA_API mla_cuda_status mla_cuda_clear(void* memory, size_t bytes, void* stream);
 MLA_API mla_cuda_status mla_cuda_copy(void* to, const void* from, size_t bytes, void* stream);
+
+/* From and to the host; done when they return. They do not wait for work on other streams. */
+MLA_API mla_cuda_status mla_cuda_read(void* host, const void* from, size_t bytes);
+MLA_API mla_cuda_status mla_cuda_write(void* to, const void* host, size_t bytes);
+
+/* Waits until all that was enqueued on the stream is done. */
+MLA_API mla_cuda_status mla_cuda_wait(void* stream);
 
 #ifdef __cplusplus
 }

@@ -19,7 +19,8 @@
  *   Nothing that the library allocated has to be freed, except by closing handles.
  * - Structs begin with their size, set by the MLA_..._INIT initializers. A struct larger than the
  *   library knows (a program built with newer headers) is accepted if the part beyond is zero; an
- *   output struct is filled up to the smaller size, and zero beyond.
+ *   output struct is filled up to the smaller size, and zero beyond. One of older headers is
+ *   accepted where fields were added since, which count as zero then.
  */
 #ifndef MLA_DEPLOY_RUNTIME_H
 #define MLA_DEPLOY_RUNTIME_H
@@ -52,7 +53,7 @@ typedef enum mla_status {
     MLA_INVALID_ARGUMENT = 1, /* an argument outside its range */
     MLA_INVALID_HANDLE = 2,   /* null, closed, or of another kind */
     MLA_BAD_BUNDLE = 3,       /* no bundle, a damaged one, or one of another version */
-    MLA_BAD_RUNTIME = 4,      /* onnxruntime or the operator library cannot be used */
+    MLA_BAD_RUNTIME = 4,      /* a library cannot be used, or there is no GPU that it could use */
     MLA_CACHE_FULL = 5,       /* too few free pages; the text says how many tokens fit */
     MLA_CONTEXT_FULL = 6,     /* more tokens than the model's context */
     MLA_BAD_SESSION_FILE = 7, /* damaged, of another version, or of another model */
@@ -110,9 +111,15 @@ typedef struct mla_engine_options {
     uint32_t spin;          /* not 0: waiting threads poll for a moment before they sleep, which is
                                faster, and costs power */
     uint32_t verify;        /* not 0: check the sha256 of files above 64 MiB too */
+    /* since 0.2: */
+    const char* device;       /* "cpu", or "cuda": the first GPU that the process sees. It must be
+                                 what the bundle was exported for; null: that it is. */
+    const char* cuda_library; /* libmla_deploy_cuda.so, which keeps the cache on a GPU: all of
+                                 max_tokens at once. For the device cuda alone. */
 } mla_engine_options;
 /* clang-format off */
-#define MLA_ENGINE_OPTIONS_INIT {sizeof(mla_engine_options), NULL, NULL, NULL, 0, 0, 0, 1, 0}
+#define MLA_ENGINE_OPTIONS_INIT \
+    {sizeof(mla_engine_options), NULL, NULL, NULL, 0, 0, 0, 1, 0, NULL, NULL}
 /* clang-format on */
 
 /* Loads a bundle. onnxruntime stays loaded until the process ends.
