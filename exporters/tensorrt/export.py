@@ -28,7 +28,7 @@ from mla_deploy.bundle import (
     describe_file,
     write_manifest,
 )
-from mla_deploy.cache import PAGE_TOKENS, cache_record
+from mla_deploy.cache import PAGE_TOKENS
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import BundleError, UsageError
@@ -55,6 +55,7 @@ from mla_deploy.exporters.tensorrt.capability import (
 )
 from mla_deploy.exporters.tensorrt.context_model import context_model
 from mla_deploy.exporters.tensorrt.target import TensorRt
+from mla_deploy.model import cache_parts
 from mla_deploy.output import check_output, check_space, new_folder, writing
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -166,15 +167,14 @@ def export_tensorrt(
             (folder / GRAPH_FILE).unlink()
             data.unlink()
         size = _finish(folder, manifest, names)
-    per_layer = cache_record(config.recipe.cache_format).bytes_per_token(
-        config.kv_lora_rank, config.qk_rope_head_dim
-    )
     return TensorRtReport(
         bundle=out,
         bytes=size,
         seconds=time.monotonic() - start,
         nodes=len(graph.builder.nodes),
-        kv_bytes_per_token=per_layer * config.num_hidden_layers,
+        kv_bytes_per_token=sum(
+            part.bytes_per_token for parts in cache_parts(config) for part in parts
+        ),
         engines=tuple(built),
     )
 
@@ -232,16 +232,21 @@ def profiles(context: int, options: TensorRtOptions) -> list[ProfileInfo]:
 
 def cache_info(config: MlaConfig) -> CacheInfo:
     """The manifest's part on the cache: rows of the parts, whatever their layout in pages."""
-    name = config.recipe.cache_format
-    parts = [
-        CachePartInfo(
-            name=part.name,
-            dtype=str(part.dtype).removeprefix("torch."),
-            page_shape=[PAGE_TOKENS, part.width],
+    formats = config.recipe.cache_formats(config.num_hidden_layers)
+    layers = [
+        LayerCache(
+            format=name,
+            parts=[
+                CachePartInfo(
+                    name=part.name,
+                    dtype=str(part.dtype).removeprefix("torch."),
+                    page_shape=[PAGE_TOKENS, part.width],
+                )
+                for part in parts
+            ],
         )
-        for part in cache_record(name).parts(config.kv_lora_rank, config.qk_rope_head_dim)
+        for name, parts in zip(formats, cache_parts(config), strict=True)
     ]
-    layers = [LayerCache(format=name, parts=parts) for _ in range(config.num_hidden_layers)]
     return CacheInfo(page_tokens=PAGE_TOKENS, layers=layers)
 
 

@@ -15,11 +15,14 @@ import pytest
 from support.models import random_model, save_checkpoint
 
 from mla_deploy.bundle import Bundle
+from mla_deploy.cache import cache_record
+from mla_deploy.config import load_config
 from mla_deploy.errors import BundleError, ConfigError, MlaError, OutputError, UsageError
 from mla_deploy.exporters.tensorrt import build, export
 from mla_deploy.exporters.tensorrt.build import BuildError
 from mla_deploy.exporters.tensorrt.export import TensorRtOptions, export_tensorrt
 from mla_deploy.quant.quantize import QuantizeOptions, quantize_checkpoint
+from mla_deploy.recipe import LayerRecipe
 from mla_deploy.runtime.tensorrt_device import check_version, engine_for
 
 SM89 = TensorRtOptions(targets=("sm89",), max_tokens=256, prefill_chunk=32)
@@ -53,6 +56,18 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(export, "check_backend", lambda *_: None)
 
     return use
+
+
+def test_the_manifest_has_the_cache_of_each_layer(source: Path) -> None:
+    config = load_config(source)
+    own = LayerRecipe("int4", 32, False, config.recipe.linear, None)
+    layers = (own, replace(own, cache_format="int8"))
+    mixed = replace(config, num_hidden_layers=2, recipe=replace(config.recipe, layers=layers))
+    found = export.cache_info(mixed).layers
+    assert [layer.format for layer in found] == ["int4", "int8"]
+    for layer in found:
+        record = cache_record(layer.format).parts(config.kv_lora_rank, config.qk_rope_head_dim)
+        assert [part.page_shape[1] for part in layer.parts] == [part.width for part in record]
 
 
 def test_an_engine_for_each_gpu(graph: Path, tmp_path: Path) -> None:
