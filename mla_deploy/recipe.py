@@ -16,6 +16,10 @@ from mla_deploy.errors import ConfigError
 
 RECIPE_KEY = "mla_deploy"
 RECIPE_VERSION = 1
+CALIBRATION_FILE = "calibration.json"
+"""Beside config.json: what `quantize` measured of the cache; `eval --report` draws it."""
+WEIGHT_BITS_FILE = "weight_bits.json"
+"""The same of the matrices."""
 
 
 @dataclass(frozen=True)
