@@ -69,7 +69,7 @@ class Recipe:
     latent_rotation: int | None = None
     """Block size of the Hadamard rotation of the latent, folded into kv_a, w_uk and w_uv."""
     balanced: bool = False
-    """The rotation turns the latent to calibrated axes first."""
+    """The rotation turns the latent to balanced axes first."""
     half_precision: bool = False
     """Float matrices that are read by rows or per head (embedding, w_uk, w_uv) are in float16."""
     layers: tuple[LayerRecipe, ...] = ()

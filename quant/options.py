@@ -159,6 +159,7 @@ def recipe_for(
         cache_format=kv,
         gamma_folded=is_half or rotation is not None,
         latent_rotation=rotation,
+        balanced=rotation is not None,
         half_precision=is_half,
     )
     columns: dict[Kind, dict[str, int]] = {}
