@@ -1,7 +1,7 @@
 """Quality of the cache against other ways of quantising one, on the same model and text.
 
     python benchmarks/cache_peers.py [MODEL] TEXT [--prefix 1024] [--chunk 128] [--length 2048]
-        [--calibration TEXT] [--only int4]
+        [--calibration TEXT] [--only int4] [--llama-python PYTHON]
 
 A prefix is filled in, then the rest of the window chunk by chunk; predictions of the rest are held
 against those with an unquantised cache. Every prediction counted here looks back at a quantised
@@ -10,20 +10,26 @@ prefix.
 - `transformers`: QuantizedCache with the hqq backend, keys and values of every head, which
   quantises its whole history again whenever its residual window is full;
 - `int4, N times`: our record, encoded and decoded N times over, as if history were quantised again;
-- `ggml q4_0, q8_0`: the number formats of llama.cpp's cache (blocks of 32, one float16 scale) on
-  latent and rope key. An emulation of the formats, not a run of llama.cpp.
+- `llama.cpp`: itself, on the same weights in float32, with `--llama-python`: the Python of an
+  environment that has llama-cpp-python. Its f16 row says how far its arithmetic is from ours;
+- `ggml q4_0, q8_0`: the number formats of its cache (blocks of 32, one float16 scale) on latent and
+  rope key in our arithmetic, and with our rotation.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from cache_study import fused
+from cache_study import fused, rotations_of_weights
 from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache
 
 from mla_deploy.cache import CacheRecord, cache_record
@@ -104,6 +110,31 @@ def transformers_cache(
     return torch.cat(found)
 
 
+class LlamaCpp:
+    """llama.cpp in a process of its environment; a GGUF of the model is written first."""
+
+    HERE = Path(__file__).resolve().parent
+
+    def __init__(self, python: str, model: Path, folder: Path) -> None:
+        self.python, self.folder, self.gguf = python, folder, folder / "model.gguf"
+        write = [sys.executable, self.HERE / "synthetic_gguf.py", model, self.gguf, "--type", "f32"]
+        subprocess.run(write, check=True)
+
+    def __call__(
+        self, windows: list[torch.Tensor], cache: str, prefix: int, chunk: int
+    ) -> list[torch.Tensor]:
+        """Log-probabilities behind the prefix, of each window."""
+        ids, out = self.folder / "ids.npy", self.folder / "logits.npy"
+        np.save(ids, torch.stack(windows).int().numpy())
+        script = self.HERE / "llama_logits.py"
+        command = [self.python, script, self.gguf, ids, out, cache, str(prefix), str(chunk)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        for line in done.stdout.splitlines():
+            if "size = " in line or "attn_rot_k" in line:
+                print(f"<!-- {cache}: {line} -->")
+        return [torch.from_numpy(one).log_softmax(-1) for one in np.load(out)]
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -116,6 +147,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--calibration", type=Path, help="text for the balanced axes")
     parser.add_argument("--only", default="", help="ways whose name holds this")
+    parser.add_argument("--llama-python", help="Python of an environment with llama-cpp-python")
     args = parser.parse_args()
 
     config, model = load_config(args.model), load_model(args.model)
@@ -154,6 +186,7 @@ def main() -> None:
     add_peer("transformers, unquantised", 4 * values, lambda: DynamicCache())
     add("int8, hadamard", size8, times(cache_record("int8"), 1), hadamard)
     add("int4, hadamard", own, times(record, 1), hadamard)
+    add("int4, weights", own, times(record, 1), rotations_of_weights(args.model))
     add("int4, hadamard, 16 times", own, times(record, 16), hadamard)
     if args.calibration is not None:
         text = CalibrationText.read([args.calibration], args.model, config, 1536)
@@ -181,10 +214,8 @@ def main() -> None:
         ours(WindowRun(model, config, ids.tolist()), None, plain, args.prefix) for ids in windows
     ]
     base = _perplexity(exact, windows, args.prefix)
-    for name, (size, run_one) in ways.items():
-        if args.only not in name:
-            continue
-        found = [run_one(ids, WindowRun(model, config, ids.tolist())) for ids in windows]
+
+    def row(name: str, size: float, found: list[torch.Tensor]) -> None:
         pairs = list(zip(exact, found, strict=True))
         kl = torch.cat([(q.exp() * (q - p)).sum(-1).clamp_min(0) for q, p in pairs])
         same = torch.cat([(q.argmax(-1) == p.argmax(-1)).float() for q, p in pairs])
@@ -194,6 +225,18 @@ def main() -> None:
             f"| {float(kl.quantile(0.99)):.4f} | {float(same.mean()):.2%} |",
             flush=True,
         )
+
+    for name, (size, run_one) in ways.items():
+        if args.only in name:
+            every = [run_one(ids, WindowRun(model, config, ids.tolist())) for ids in windows]
+            row(name, size, every)
+    if args.llama_python is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            llama = LlamaCpp(args.llama_python, args.model, Path(folder))
+            for cache, bits in (("f16", 16), ("q8_0", 8.5), ("q4_0", 4.5)):
+                if args.only in (name := f"llama.cpp, {cache}"):
+                    found = llama(windows, cache, args.prefix, args.chunk)
+                    row(name, (rank + rope) * bits / 8, found)
 
 
 def _perplexity(log_p: list[torch.Tensor], windows: list[torch.Tensor], prefix: int) -> float:

@@ -1,4 +1,4 @@
-"""What each cache costs in quality: record, rotation, rope part, allocation, at every depth.
+"""What each cache costs in quality: record, basis, allocation, at every depth.
 
     python benchmarks/cache_study.py MODEL TEXT --calibration TEXT [--window 4096] [--windows 2]
         [--budgets 90 100 120] [--only int4]
@@ -21,14 +21,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import load_config
 from mla_deploy.evaluate.text import encode_text, read_text
-from mla_deploy.model import load_model
+from mla_deploy.model import build, load_model
+from mla_deploy.modules.decoder import DecoderLayer
 from mla_deploy.ops import attention
 from mla_deploy.quant.allocate import Choice, allocate
 from mla_deploy.quant.cache_choice import auto_formats
 from mla_deploy.quant.calibrate import MAX_TOKENS, CalibrationText, WindowRun, calibrate, rotated
-from mla_deploy.quant.fold import LatentRotation
+from mla_deploy.quant.fold import LatentRotation, hadamard_block
+from mla_deploy.quant.weight_axes import weight_rotation
 from mla_deploy.tokenizer import Tokenizer
 
 Caches = list[tuple[str, LatentRotation | None]]
@@ -69,6 +72,17 @@ def probabilities(run: WindowRun, caches: Caches) -> torch.Tensor:
     x, residual = state
     assert residual is not None
     return run.log_probabilities(x, residual)
+
+
+def rotations_of_weights(path: Path) -> list[LatentRotation]:
+    """What `quantize` folds without a calibration."""
+    checkpoint = Checkpoint(path)
+    block = hadamard_block(checkpoint.config.kv_lora_rank)
+    found = []
+    for layer in build(checkpoint.config).layers:
+        assert isinstance(layer, DecoderLayer)
+        found.append(weight_rotation(checkpoint, layer, block))
+    return found
 
 
 class Scores:
@@ -122,10 +136,12 @@ def main() -> None:
     text = CalibrationText.read([args.calibration], args.model, config, args.calibration_tokens)
     measured, tried = calibrate(model, config, text, formats, measures_kl=bool(args.budgets))
     sizes = {one.format: one.bytes for one in measured.layers[0]}
+    for found, rotation in zip(tried, rotations_of_weights(args.model), strict=True):
+        found["weights"] = rotation
 
     def uniform(at: int) -> Iterator[tuple[str, float, Caches]]:
         name = formats[at]
-        for kind in ("hadamard", "balanced", "none"):
+        for kind in ("hadamard", "weights", "balanced", "none"):
             yield f"{name}, {kind}", sizes[name], [(name, one[kind]) for one in tried]
         best = [layer[at].rotation for layer in measured.layers]
         if len(set(best)) > 1:

@@ -1,10 +1,11 @@
 """Whether the first and the latest tokens are worth 16 bit in a quantised cache.
 
-    python benchmarks/cache_window.py [MODEL] TEXT [--length 1024] [--windows 4]
+    python benchmarks/cache_window.py [MODEL] TEXT --calibration TEXT [--length 4096] [--windows 1]
+        [--record int4]
 
 Every query sees the first `sinks` and the last `recent` tokens as they are, and all others
-quantised. Prints the KL divergence against an unquantised cache, and the bytes a token and layer at
-that length and at 32768 tokens.
+quantised, in the basis that the calibration gave each layer. Prints the KL divergence against an
+unquantised cache, and the bytes a token and layer at that length and at 32768 tokens.
 """
 
 from __future__ import annotations
@@ -14,27 +15,33 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from cache_study import fused
-from weight_feedback import probabilities
+from cache_study import fused, probabilities
 
 from mla_deploy.cache import CacheRecord, cache_record
 from mla_deploy.config import load_config
 from mla_deploy.evaluate.text import encode_text, read_text
 from mla_deploy.model import load_model
 from mla_deploy.ops import attention
-from mla_deploy.quant.fold import hadamard_block, rotate_blocks
+from mla_deploy.quant.calibrate import CalibrationText, WindowRun, calibrate
 from mla_deploy.tokenizer import Tokenizer
 
 LONG = 32768
+BLOCK = 512
+"""Queries at a time: the scores of all would be gigabytes."""
+KEPT = (
+    *((sinks, 0) for sinks in (0, 4, 16, 64)),
+    *((0, recent) for recent in (32, 64, 128, 256)),
+    *((4, 64), (64, 64), (64, 256)),
+)
+"""Sinks and recent tokens."""
 
 
-def attend(record: CacheRecord, block: int, sinks: int, recent: int) -> Callable[..., torch.Tensor]:
+def attend(record: CacheRecord, sinks: int, recent: int) -> Callable[..., torch.Tensor]:
     """`attend_expanded` on two caches at once. Shapes: as there."""
 
     def restore(c_kv: torch.Tensor, k_pe: torch.Tensor) -> list[torch.Tensor]:
-        encoded = record.encode(rotate_blocks(c_kv[0], block), k_pe[0])
-        found = record.decode([part.unsqueeze(0) for part in encoded], torch.float32)
-        return [rotate_blocks(found[0], block), found[1]]
+        stored = [part.unsqueeze(0) for part in record.encode(c_kv[0], k_pe[0])]
+        return list(record.decode(stored, torch.float32))
 
     def function(
         q_nope: torch.Tensor,
@@ -48,17 +55,27 @@ def attend(record: CacheRecord, block: int, sinks: int, recent: int) -> Callable
     ) -> torch.Tensor:
         steps = q_nope.shape[2]
         exact = [c_kv[:, :steps], k_pe[:, :steps]]
-        place = torch.arange(steps)
-        kept = (place[:, None] - place < recent) | (place < sinks)
         both = []
         for latent, rope in (exact, restore(*exact)):
-            key = latent.unsqueeze(1) @ w_uk.transpose(1, 2)
-            scores = q_nope @ key.transpose(2, 3) + q_pe @ rope.unsqueeze(1).transpose(2, 3)
-            both.append((scores, latent.unsqueeze(1) @ w_uv))
-        scores = torch.where(kept, both[0][0], both[1][0])
-        p = attention.masked_softmax(scores, past_lengths, softmax_scale)
-        output = (p * kept) @ both[0][1] + (p * ~kept) @ both[1][1]
-        return output.transpose(1, 2).flatten(2)
+            shared = rope.unsqueeze(1).expand(-1, w_uk.shape[0], -1, -1)
+            key = torch.cat((latent.unsqueeze(1) @ w_uk.transpose(1, 2), shared), -1)
+            both.append((key, latent.unsqueeze(1) @ w_uv))
+        query = torch.cat((q_nope, q_pe), -1) * softmax_scale
+        found = []
+        for start in range(0, steps, BLOCK):
+            end = min(start + BLOCK, steps)
+            asks, sees = torch.arange(start, end)[:, None], torch.arange(end)
+            kept = (asks - sees < recent) | (sees < sinks)
+            part = query[:, :, start:end]
+            scores = torch.where(
+                kept,
+                part @ both[0][0][:, :, :end].transpose(2, 3),
+                part @ both[1][0][:, :, :end].transpose(2, 3),
+            )
+            p = scores.masked_fill(sees > asks, -torch.inf).softmax(-1)
+            values = [value[:, :, :end] for _, value in both]
+            found.append((p * kept) @ values[0] + (p * ~kept) @ values[1])
+        return torch.cat(found, 2).transpose(1, 2).flatten(2)
 
     return function
 
@@ -69,35 +86,38 @@ def main() -> None:
     root = Path(__file__).resolve().parents[1]
     parser.add_argument("model", type=Path, nargs="?", default=root / "examples/models/tiny-mla")
     parser.add_argument("text", type=Path)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--calibration-tokens", type=int, default=1536)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--windows", type=int, default=1)
+    parser.add_argument("--record", default="int4")
     args = parser.parse_args()
 
+    attention.attend_absorbed = fused
     config, model = load_config(args.model), load_model(args.model)
     sizes = config.kv_lora_rank, config.qk_rope_head_dim
-    block = hadamard_block(config.kv_lora_rank)
+    text = CalibrationText.read([args.calibration], args.model, config, args.calibration_tokens)
+    measured, tried = calibrate(model, config, text, (args.record,), measures_kl=False)
+    chosen = [one[layer[0].rotation] for one, layer in zip(tried, measured.layers, strict=True)]
+    # The cache itself stays exact: `attend` restores what a query sees of it.
+    caches = [("fp32", rotation) for rotation in chosen]
     corpus = encode_text(Tokenizer.open(args.model), read_text(args.text))
     starts = range(0, args.windows * args.length, args.length)
-    stretches = [corpus.ids[start : start + args.length] for start in starts]
-    attention.attend_absorbed = fused
-    expected = [probabilities(model, config, ids) for ids in stretches]
-    half = cache_record("fp16").bytes_per_token(*sizes)
-    print(f"| cache | bytes at {args.length} | at {LONG} | KL |\n|---|---|---|---|")
-    for name in ("int4", "int2"):
-        record = cache_record(name)
-        for sinks, recent in ((0, 0), (4, 0), (64, 0), (0, 64), (4, 128)):
-            attention.attend_absorbed = attend(record, block, sinks, recent)
-            found = [probabilities(model, config, ids) for ids in stretches]
-            kl = torch.cat(
-                [(q.exp() * (q - p)).sum(-1) for q, p in zip(expected, found, strict=True)]
-            )
-            own = record.bytes_per_token(*sizes)
-            costs = [own + (sinks + recent) * (half - own) / n for n in (args.length, LONG)]
-            print(
-                f"| {name}, first {sinks}, last {recent} | {costs[0]:.1f} | {costs[1]:.1f} "
-                f"| {float(kl.mean()):.5f} |",
-                flush=True,
-            )
+    runs = [WindowRun(model, config, corpus.ids[at : at + args.length]) for at in starts]
+    expected = [probabilities(run, caches) for run in runs]
+    record = cache_record(args.record)
+    own, half = (one.bytes_per_token(*sizes) for one in (record, cache_record("fp16")))
+    print(f"{args.record}, calibrated, {args.windows} windows of {args.length}\n")
+    print(f"| first | last | bytes at {args.length} | at {LONG} | KL |\n|---|---|---|---|---|")
+    for sinks, recent in KEPT:
+        attention.attend_absorbed = attend(record, sinks, recent)
+        found = [probabilities(run, caches) for run in runs]
+        kl = torch.cat([(q.exp() * (q - p)).sum(-1) for q, p in zip(expected, found, strict=True)])
+        costs = [own + (sinks + recent) * (half - own) / n for n in (args.length, LONG)]
+        print(
+            f"| {sinks} | {recent} | {costs[0]:.1f} | {costs[1]:.1f} | {float(kl.mean()):.5f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """What quantisation costs in perplexity and KL divergence.
 
     python benchmarks/quantization_quality.py MODEL TEXT [--tokens 30000] [--window 512]
+        [--calibration TEXT] [--only weights]
 
 Quantises the model in every way of the list below into a temporary folder, scores the text with the
 torch reference, and prints a Markdown table against the unquantised model in float32. The caches
-and the weights are quantised one at a time, so that the columns say whose loss it is.
+and the weights are quantised one at a time, so that the columns say whose loss it is. With
+`--calibration` there are rows for bits by layer, which need one.
 """
 
 from __future__ import annotations
@@ -46,6 +48,17 @@ CASES = {
 }
 
 
+def mixed(bits: float, text: Path) -> QuantizeOptions:
+    """Bits by layer under a budget, the latent as it is."""
+    return QuantizeOptions(
+        kv="fp32",
+        weights="auto",
+        weights_budget=bits,
+        calibration=(str(text),),
+        rotate=False,
+    )
+
+
 class Remembering(TorchScorer):
     """Computes each window once: every case is held against the same reference."""
 
@@ -67,13 +80,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=30000)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--budgets", type=float, nargs="*", default=[5, 6], help="bits a weight")
     args = parser.parse_args()
 
     text = read_text(args.text)
+    cases = {"float32": FLOAT, **CASES}
+    for bits in args.budgets if args.calibration is not None else ():
+        cases[f"weights auto, {bits:g} bits"] = mixed(bits, args.calibration)
     reference = Remembering(args.model)
     print("| what | MB | perplexity | change | KL mean | KL p99 | top-1 agreement |")
     print("|---|---|---|---|---|---|---|")
-    for name, options in {"float32": FLOAT, **CASES}.items():
+    for name, options in cases.items():
         if args.only not in name:
             continue
         with tempfile.TemporaryDirectory() as folder:

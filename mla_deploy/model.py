@@ -16,6 +16,7 @@ from mla_deploy.modules.attention import LatentAttention
 from mla_deploy.modules.base import checkpoint_shapes, parameter_sources
 from mla_deploy.modules.decoder import Decoder
 from mla_deploy.recipe import Recipe
+from mla_deploy.sources import Read
 
 
 def build(config: MlaConfig) -> Decoder:
@@ -32,12 +33,17 @@ def load_model(path: Path | str) -> Decoder:
     checkpoint = Checkpoint(path)
     model = build(checkpoint.config)
     checkpoint.check(checkpoint_shapes(model))
-    for name, parameter, source in list(parameter_sources(model)):
-        slabs = [slab.to(parameter.dtype) for slab in source.slabs(checkpoint.read)]
+    load_parameters(model, checkpoint.read)
+    return model
+
+
+def load_parameters(module: nn.Module, read: Read) -> None:
+    """Give a module without storage its parameters."""
+    for name, parameter, source in list(parameter_sources(module)):
+        slabs = [slab.to(parameter.dtype) for slab in source.slabs(read)]
         owner, _, leaf = name.rpartition(".")
         loaded = nn.Parameter(torch.cat(slabs), requires_grad=False)
-        setattr(model.get_submodule(owner), leaf, loaded)
-    return model
+        setattr(module.get_submodule(owner), leaf, loaded)
 
 
 def set_attention_mode(model: Decoder, mode: str) -> None:

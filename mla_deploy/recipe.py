@@ -16,6 +16,10 @@ from mla_deploy.errors import ConfigError
 
 RECIPE_KEY = "mla_deploy"
 RECIPE_VERSION = 1
+CALIBRATION_FILE = "calibration.json"
+"""Beside config.json: what `quantize` measured of the cache; `eval --report` draws it."""
+WEIGHT_BITS_FILE = "weight_bits.json"
+"""The same of the matrices."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Recipe:
     latent_rotation: int | None = None
     """Block size of the Hadamard rotation of the latent, folded into kv_a, w_uk and w_uv."""
     balanced: bool = False
-    """The rotation turns the latent to calibrated axes first."""
+    """The rotation turns the latent to balanced axes first."""
     half_precision: bool = False
     """Float matrices that are read by rows or per head (embedding, w_uk, w_uv) are in float16."""
     layers: tuple[LayerRecipe, ...] = ()

@@ -1,17 +1,20 @@
 """Which format each part of a model gets under a budget of bytes.
 
-Every item (a layer's cache) has choices with a cost and a loss, the KL divergence that this choice
-alone causes. Losses are taken to add up, which small ones do to first order. The allocation starts
-from the cheapest choice everywhere and takes, one after the other, the upgrade that lowers the loss
-most for a byte, as long as it fits.
+Every item (the cache or the matrices of a layer) has choices with a cost and a loss, the KL
+divergence that this choice alone causes. Losses are taken to add up, which small ones do to first
+order. The allocation starts from the cheapest choice everywhere and takes, one after the other, the
+upgrade that lowers the loss most for a byte, as long as it fits. `decide` then measures it against
+the uniform formats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mla_deploy.errors import UsageError
+
+GREEDY = "greedy"
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,53 @@ class Allocation:
     chosen: tuple[int, ...]
     cost: int
     loss: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """An allocation, for the plot of size against divergence."""
+
+    name: str
+    """A format that all items have, or `greedy`."""
+    size: float
+    """On average, in the unit of the budget."""
+    kl: float
+    is_measured: bool
+    """With all items at once; otherwise it is the sum of the items measured one by one."""
+
+
+Measure = Callable[[Sequence[Sequence[int]]], Sequence[float]]
+"""Allocations, a choice for every item each, to their KL divergence with all items at once."""
+
+
+def decide(
+    items: Sequence[Sequence[Choice]], budget: float, unit: float, measure: Measure
+) -> tuple[tuple[int, ...], tuple[Point, ...]]:
+    """The best of the greedy allocation and the uniform formats that fit the budget.
+
+    Small losses add up, large ones do not quite: what is measured jointly has the last word.
+
+    Args:
+        items: the same formats in each, by name and in the same order.
+        budget: bytes for all items together.
+        unit: bytes in one unit of a point's size.
+
+    Returns:
+        The choice of every item, and all points for the plot.
+
+    Raises:
+        UsageError: as `allocate`.
+    """
+    candidates = {
+        GREEDY: allocate(items, budget).chosen,
+        **{one.name: (at,) * len(items) for at, one in enumerate(items[0])},
+    }
+    found = dict(zip(candidates, measure(list(candidates.values())), strict=True))
+    costs = {name: _allocation(items, chosen).cost for name, chosen in candidates.items()}
+    best = min((name for name in candidates if costs[name] <= budget), key=lambda n: found[n])
+    points = [Point(name, costs[name] / unit, found[name], True) for name in candidates]
+    points += [Point(GREEDY, one.cost / unit, one.loss, False) for one in steps(items)]
+    return candidates[best], tuple(points)
 
 
 def cheapest(items: Sequence[Sequence[Choice]]) -> Allocation:

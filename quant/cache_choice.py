@@ -16,7 +16,7 @@ from mla_deploy.config import MlaConfig
 from mla_deploy.errors import ConfigError
 from mla_deploy.model import load_model
 from mla_deploy.output import writing
-from mla_deploy.quant.allocate import Choice, allocate, steps
+from mla_deploy.quant.allocate import Choice, Point, allocate, decide
 from mla_deploy.quant.calibrate import (
     AUTO,
     AUTO_FORMATS,
@@ -28,23 +28,9 @@ from mla_deploy.quant.calibrate import (
     joint_divergence,
 )
 from mla_deploy.quant.fold import LatentRotation
+from mla_deploy.recipe import CALIBRATION_FILE
 
-CALIBRATION_FILE = "calibration.json"
 _AXES_FILE = "axes.safetensors"
-GREEDY = "greedy"
-
-
-@dataclass(frozen=True)
-class Point:
-    """An allocation, for the plot of bytes against divergence."""
-
-    name: str
-    """A format that all layers have, or `greedy`."""
-    bytes: float
-    """A token and layer, on average."""
-    kl: float
-    is_measured: bool
-    """With all layers at once; otherwise it is the sum of the layers measured one by one."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +44,7 @@ class CacheChoices:
     budget: float | None = None
     """Bytes a token and layer, on average."""
     points: tuple[Point, ...] = field(default=())
+    """Their size is bytes a token and layer."""
 
     @property
     def bytes_per_layer(self) -> float:
@@ -136,29 +123,15 @@ def choose_cache(
             [Choice(one.format, one.bytes, one.kl or 0.0) for one in layer]
             for layer in measured.layers
         ]
-        total = budget * len(items)
-        candidates = {
-            GREEDY: allocate(items, total).chosen,
-            **{name: (at,) * len(items) for at, name in enumerate(formats)},
-        }
-        divergences = joint_divergence(
-            model, config, text, [caches(one) for one in candidates.values()], progress
-        )
-        costs = {name: _cost(items, one) for name, one in candidates.items()}
-        found = dict(zip(candidates, divergences, strict=True))
-        # Small losses add up, large ones do not quite: the uniform formats have the last word.
-        best = min((n for n in candidates if costs[n] <= total), key=lambda n: found[n])
-        chosen = candidates[best]
-        points = tuple(
-            Point(name, costs[name] / len(items), found[name], True) for name in candidates
-        ) + tuple(Point(GREEDY, one.cost / len(items), one.loss, False) for one in steps(items))
+
+        def measure(candidates: Sequence[Sequence[int]]) -> list[float]:
+            every = [caches(one) for one in candidates]
+            return joint_divergence(model, config, text, every, progress)
+
+        chosen, points = decide(items, budget * len(items), len(items), measure)
     picked = tuple(layer[index] for layer, index in zip(measured.layers, chosen, strict=True))
     rotations = tuple(rotation for _, rotation in caches(chosen))
     return CacheChoices(measured, picked, rotations, budget, points)
-
-
-def _cost(items: Sequence[Sequence[Choice]], chosen: Sequence[int]) -> int:
-    return sum(choices[index].cost for choices, index in zip(items, chosen, strict=True))
 
 
 def save_choices(folder: Path, choices: CacheChoices) -> None:

@@ -172,7 +172,7 @@ def calibrate(
             errors.add(run, layer, x, residual)
             move(f"error of layer {layer}")
     decided = errors.decide()
-    divergence = torch.zeros(layers, len(formats), dtype=torch.float64)
+    summed = torch.zeros(layers, len(formats), dtype=torch.float64)
     positions = sum(len(ids) for ids in text.windows)
     for ids in text.windows if measures_kl else ():
         run = WindowRun(model, config, ids)
@@ -185,7 +185,7 @@ def calibrate(
                     found = run.layer(layer, x, residual, name)
                 for later in range(layer + 1, layers):
                     found = run.layer(later, *found)
-                divergence[layer, index] += _divergence(expected, run.log_probabilities(*found))
+                summed[layer, index] += divergence(expected, run.log_probabilities(*found))
                 move(f"divergence of {name} in layer {layer}")
     return Calibration(
         tokens=positions,
@@ -196,7 +196,7 @@ def calibrate(
                     layer,
                     index,
                     decided[layer][index],
-                    float(divergence[layer, index]) / positions if measures_kl else None,
+                    float(summed[layer, index]) / positions if measures_kl else None,
                 )
                 for index in range(len(formats))
             )
@@ -226,7 +226,7 @@ def joint_divergence(
                     state = run.layer(layer, *state, name)
             x, residual = state
             assert residual is not None
-            sums[index] += _divergence(expected, run.log_probabilities(x, residual))
+            sums[index] += divergence(expected, run.log_probabilities(x, residual))
             if progress is not None:
                 done = place * len(caches) + index + 1
                 progress(done, len(text.windows) * len(caches), "allocations")
@@ -433,7 +433,7 @@ def _squares(x: torch.Tensor) -> float:
     return float(x.double().square().sum())
 
 
-def _divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
+def divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
     """KL(expected || found), summed over positions."""
     gap = (expected.exp() * (expected - found)).sum(-1)
     return float(gap.clamp_min(0).double().sum())

@@ -6,8 +6,8 @@ the latent into the weights, so that what is cached quantises well:
 - gamma into the columns of `W_kv_b`: the cached latent then has unit RMS;
 - an orthogonal matrix R between both: `W_kv_a -> R W_kv_a`, `W_kv_b -> W_kv_b R^T`. RMSNorm without
   gamma commutes with R because R keeps the norm. R ends in Hadamard blocks aligned with the groups
-  of the cache record, so that an outlier channel is shared out over its group. With a calibration
-  the latent is turned to `balanced_axes` first.
+  of the cache record, so that an outlier channel is shared out over its group. Before them the
+  latent is turned to `balanced_axes`, of the weights alone or of a calibration.
 
 A diagonal scale cannot move: RMSNorm does not commute with it.
 """
@@ -48,7 +48,7 @@ def balanced_axes(covariance: torch.Tensor, sensitivity: torch.Tensor) -> torch.
 
     Shapes: covariance, sensitivity [rank, rank], to the same, a row an axis, in falling order.
     """
-    difference = covariance / covariance.trace() - sensitivity / sensitivity.trace()
+    difference = _share(covariance) - _share(sensitivity)
     vectors = torch.linalg.eigh(difference.double()).eigenvectors
     return vectors.flip(1).T.float().contiguous()
 
@@ -63,10 +63,19 @@ def latent_sensitivity(
     Shapes: w_uk [H, N, rank], w_uv [H, rank, V], o_proj [hidden, H * V], to [rank, rank].
     """
     by_head = o_proj.unflatten(1, (w_uv.shape[0], -1)).permute(1, 2, 0)  # [H, V, hidden]
-    value = (w_uv @ by_head).transpose(0, 1).flatten(1)  # [rank, H * hidden]
-    key = w_uk.flatten(0, 1).T  # [rank, H * N]
-    both = [matrix @ matrix.T for matrix in (key, value)]
-    return sum((one / one.trace() for one in both), torch.zeros_like(both[0]))
+    # Head by head, and w_o first by itself: all at once it would be [rank, H * hidden].
+    value = sum(
+        (up @ (o @ o.T) @ up.T for up, o in zip(w_uv, by_head, strict=True)),
+        torch.zeros(w_uv.shape[1], w_uv.shape[1]),
+    )
+    key = w_uk.flatten(0, 1)  # [H * N, rank]
+    both = [key.T @ key, value]
+    return sum(map(_share, both), torch.zeros_like(both[0]))
+
+
+def _share(moments: torch.Tensor) -> torch.Tensor:
+    """Over its trace; nothing of nothing, as of matrices that are all zero."""
+    return moments / moments.trace().clamp_min(torch.finfo(moments.dtype).tiny)
 
 
 def hadamard_block(rank: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
@@ -25,7 +26,8 @@ EmbeddingFormat = Literal["fp16", "int8", "int4", "none"]
 Zeros = Literal["integer", "exact"]
 Kind = Literal["linear", "experts", "embedding", "lm_head"]
 
-_BITS = {"int4": 4, "int8": 8}
+_BITS = {"int4": 4, "int8": 8, AUTO: 4}
+"""Before a calibration has run, the smallest format stands for what it may choose."""
 _ROTATED_CACHES = frozenset({"int8", "int4", "int4-g32", "int3", "int2"})
 """Formats that gain from a rotated latent; docs/quantization.md has the figures."""
 
@@ -41,8 +43,11 @@ class QuantizeOptions:
     """Bytes of cache a token and layer, on average; for `auto`."""
     calibration: tuple[str, ...] = ()
     """Text files to calibrate with. Without any, the result depends on the weights alone."""
-    weights: Weights = "int4"
-    """Matrices of attention, dense feed-forward and shared experts. `none`: as stored."""
+    weights: Weights | Literal["auto"] = "int4"
+    """Matrices of attention, dense feed-forward and shared experts. `none`: as stored; `auto`: int4
+    or int8 for each layer, by calibration and budget."""
+    weights_budget: float | None = None
+    """Bits a weight on average, scales and zeros included; for `auto`."""
     group: int | None = None
     """Neighbours that share a scale. Default: 64, or 32 for a kind that has a matrix whose inputs
     64 does not divide."""
@@ -62,14 +67,8 @@ class QuantizeOptions:
     quantised to whole numbers."""
 
     def __post_init__(self) -> None:
-        if self.kv == AUTO and not (self.calibration and self.kv_budget):
-            raise UsageError(
-                "the cache formats of layers are chosen by a calibration under a budget",
-                found=f"--kv auto {'with' if self.calibration else 'without'} --calibration, "
-                f"{'with' if self.kv_budget else 'without'} --kv-budget",
-                allowed="both",
-                hint="for instance: --kv auto --kv-budget 360 --calibration TEXT",
-            )
+        self._check_budget("--kv", self.kv, self.kv_budget, "cache formats", "360")
+        self._check_budget("--weights", self.weights, self.weights_budget, "weight formats", "5")
         if self.feedback and not self.calibration:
             raise UsageError(
                 "error feedback needs the inputs of the matrices, from a calibration",
@@ -82,14 +81,8 @@ class QuantizeOptions:
                 found="--feedback with --weights none",
                 hint="leave one of them out",
             )
-        if self.kv_budget is not None and self.kv != AUTO:
-            raise UsageError(
-                "a budget is for --kv auto; another format takes what it takes",
-                found=f"--kv {self.kv} --kv-budget {self.kv_budget:g}",
-                hint="leave one of them out",
-            )
         allowed: dict[str, tuple[object, ...]] = {
-            "weights": get_args(Weights),
+            "weights": (*get_args(Weights), AUTO),
             "group": (None, 32, 64, 128),
             "zeros": get_args(Zeros),
             "experts": (None, *get_args(Weights)),
@@ -103,6 +96,33 @@ class QuantizeOptions:
                     found=getattr(self, name),
                     allowed=", ".join(str(one) for one in values if one is not None),
                 )
+
+    def _check_budget(
+        self, option: str, value: str, budget: float | None, what: str, example: str
+    ) -> None:
+        """Raise a UsageError unless there is a budget exactly where one is needed."""
+        if budget is not None and value != AUTO:
+            raise UsageError(
+                f"a budget is for {option} auto; another format takes what it takes",
+                found=f"{option} {value} {option}-budget {budget:g}",
+                hint="leave one of them out",
+            )
+        if value == AUTO and not (self.calibration and budget is not None):
+            raise UsageError(
+                f"the {what} of layers are chosen by a calibration under a budget",
+                found=f"{option} auto {'with' if self.calibration else 'without'} --calibration, "
+                f"{'without' if budget is None else 'with'} {option}-budget",
+                allowed="both",
+                hint=f"for instance: {option} auto {option}-budget {example} --calibration TEXT",
+            )
+        if budget is not None and not 0 < budget < math.inf:
+            raise UsageError("a budget is a number above 0", found=f"{option}-budget {budget:g}")
+
+    @property
+    def allocated(self) -> tuple[Kind, ...]:
+        """The kinds of matrices whose format is chosen for each layer."""
+        kinds: tuple[Kind, ...] = ("linear", "experts")
+        return tuple(kind for kind in kinds if self.chosen(kind) == AUTO)
 
     def chosen(self, kind: Kind) -> str:
         """The format of one kind of matrix, defaults filled in."""
@@ -121,8 +141,8 @@ def recipe_for(
     """The recipe that the options mean for this model.
 
     Args:
-        choices: what the calibration gave. Before it has run, the recipe of what may come stands
-            for it: the smallest format, and a rotation.
+        choices: what the calibration gave for the cache. Before it has run, the recipe of what may
+            come stands for it: the smallest format, and a rotation.
 
     Raises:
         UsageError: a group that does not divide the inputs of a matrix, or a budget too small.
@@ -139,6 +159,7 @@ def recipe_for(
         cache_format=kv,
         gamma_folded=is_half or rotation is not None,
         latent_rotation=rotation,
+        balanced=rotation is not None,
         half_precision=is_half,
     )
     columns: dict[Kind, dict[str, int]] = {}

@@ -15,12 +15,13 @@ from mla_deploy.errors import CheckpointError
 from mla_deploy.model import build, unquantized
 from mla_deploy.modules.attention import LatentAttention
 from mla_deploy.modules.base import checkpoint_shapes
-from mla_deploy.modules.decoder import Decoder
+from mla_deploy.modules.decoder import Decoder, DecoderLayer
 from mla_deploy.packing import SUFFIXES
 from mla_deploy.quant.feedback import quantize_with_feedback
 from mla_deploy.quant.fold import LatentRotation, fold_kv_a, fold_kv_b
 from mla_deploy.quant.hqq_source import HqqCheckpoint
 from mla_deploy.quant.options import Matrix, matrices
+from mla_deploy.quant.weight_axes import weight_rotation
 from mla_deploy.quant.weights import quantize_matrix
 from mla_deploy.recipe import WeightFormat
 from mla_deploy.sources import UpProjection
@@ -31,6 +32,8 @@ _DERIVED = "rotary_emb.inv_freq"
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 Moments = Callable[[str], torch.Tensor | None]
+Rotate = Callable[[], LatentRotation]
+"""Gives a rotation when it is needed: that of the weights has to read them first."""
 UNFED = frozenset({"experts", "embedding"})
 """Kinds of matrices without error feedback: a table has no inputs, an expert sees few."""
 
@@ -141,7 +144,7 @@ def make_plan(
     """Plan the way from an ordinary checkpoint to the model of `config`, which has the recipe.
 
     Args:
-        rotations: of each layer's latent; without, those that the recipe names.
+        rotations: of each layer's latent; without, those that the recipe names, of the weights.
 
     Raises:
         CheckpointError: a tensor is missing, has the wrong shape, or is not known.
@@ -155,8 +158,10 @@ def make_plan(
     for found in matrices(target):
         kinds.setdefault(found.name, found)
     if rotations is None:
-        rotations = _uncalibrated(config)
-    transforms = dict(_transforms(checkpoint, target, config, rotations))
+        given = _of_weights(checkpoint, original, config)
+    else:
+        given = [_same(rotation) for rotation in rotations]
+    transforms = dict(_transforms(checkpoint, target, config, given))
     steps: dict[str, Step] = {}
     for name, shape in checkpoint_shapes(target).items():
         base = name.rpartition(".")[0]
@@ -183,18 +188,33 @@ def make_plan(
     return Plan(tuple(steps.values()), _skipped(checkpoint, expected, config))
 
 
-def _uncalibrated(config: MlaConfig) -> list[LatentRotation | None]:
-    blocks = [
-        config.recipe.of_layer(layer).latent_rotation for layer in range(config.num_hidden_layers)
-    ]
-    return [None if block is None else LatentRotation(block) for block in blocks]
+def _same(rotation: LatentRotation | None) -> Rotate | None:
+    return None if rotation is None else lambda: rotation
+
+
+def _of_weights(
+    checkpoint: Checkpoint, original: Decoder, config: MlaConfig
+) -> list[Rotate | None]:
+    """The rotations that the recipe names, each made when a matrix first needs it."""
+
+    @functools.lru_cache(maxsize=1)  # the matrices of a layer come one after the other
+    def make(layer: int, block: int) -> LatentRotation:
+        module = original.layers[layer]
+        assert isinstance(module, DecoderLayer)
+        return weight_rotation(checkpoint, module, block)
+
+    found: list[Rotate | None] = []
+    for layer in range(config.num_hidden_layers):
+        block = config.recipe.of_layer(layer).latent_rotation
+        found.append(None if block is None else functools.partial(make, layer, block))
+    return found
 
 
 def _transforms(
     checkpoint: Checkpoint,
     model: Decoder,
     config: MlaConfig,
-    rotations: Sequence[LatentRotation | None],
+    rotations: Sequence[Rotate | None],
 ) -> Iterator[tuple[str, Transform]]:
     """What happens to tensors of the source beside quantisation, by name."""
     rank = config.kv_lora_rank
@@ -212,14 +232,17 @@ def _transforms(
         def fold_b(
             tensor: torch.Tensor,
             gamma_name: str | None = gamma_name,
-            rotation: LatentRotation | None = rotation,
+            rotation: Rotate | None = rotation,
         ) -> torch.Tensor:
             gamma = None if gamma_name is None else checkpoint.read(gamma_name, (rank,))
-            return fold_kv_b(tensor, gamma, rotation)
+            return fold_kv_b(tensor, gamma, None if rotation is None else rotation())
 
         yield up.kv_b_proj.name, fold_b
         if rotation is not None:
-            fold_a = functools.partial(fold_kv_a, rank=rank, rotation=rotation)
+
+            def fold_a(tensor: torch.Tensor, rotation: Rotate = rotation) -> torch.Tensor:
+                return fold_kv_a(tensor, rank, rotation())
+
             for name, _, _ in module.latent_writers():
                 for leaf in ("weight", "bias"):
                     yield f"{prefix}{name}.{leaf}", fold_a

@@ -33,6 +33,14 @@ from mla_deploy.quant.feedback import measure_moments, moments_of, remove_moment
 from mla_deploy.quant.hqq_source import open_source, options_of_source
 from mla_deploy.quant.options import QuantizeOptions, recipe_for
 from mla_deploy.quant.plan import Moments, Outcome, Plan, Step, make_plan
+from mla_deploy.quant.weight_choice import (
+    WeightChoices,
+    check_weight_budget,
+    choose_weights,
+    load_weight_choices,
+    save_weight_choices,
+)
+from mla_deploy.quant.weight_loss import Layers
 from mla_deploy.quant.workspace import workspace
 from mla_deploy.recipe import RECIPE_KEY, Recipe
 
@@ -95,6 +103,8 @@ class QuantizeReport:
     seconds: float
     cache: CacheChoices | None = None
     """What the calibration found, if there was one."""
+    weights: WeightChoices | None = None
+    """What `--weights auto` found."""
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -117,6 +127,7 @@ class QuantizeReport:
             "resumed_bytes": self.resumed_bytes,
             "seconds": self.seconds,
             "calibration": None if self.cache is None else self.cache.to_json(),
+            "weight_bits": None if self.weights is None else self.weights.to_json(),
         }
 
 
@@ -161,20 +172,33 @@ def quantize_checkpoint(
         )
     recipe = recipe_for(config, options)
     plan = make_plan(checkpoint, replace(config, recipe=recipe))
+    if options.allocated:
+        check_weight_budget(plan, options.allocated, options.weights_budget or 0.0)
     check_output(source, out, _is_ours, force=force)
     text = None
     if options.calibration:
         text = CalibrationText.read(options.calibration, source, config)
     choices: CacheChoices | None = None
+    weights: WeightChoices | None = None
     with workspace(out, _job(checkpoint, raw_config, options, text)) as folder:
+        moments = None
         if text is not None:
             choices = _calibrate(source, folder, config, text, options, progress)
             recipe = recipe_for(config, options, choices)
+            if options.feedback:
+                measure_moments(source, folder, config, text, progress)
+                moments = moments_of(folder, config)
+            if options.allocated:
+                weights = load_weight_choices(folder)
+                if weights is None:
+                    layers = Layers(
+                        checkpoint, config, recipe, choices.rotations, moments, options.allocated
+                    )
+                    budget = options.weights_budget or 0.0
+                    weights = choose_weights(source, config, text, layers, budget, progress)
+                    save_weight_choices(folder, weights)
+                recipe = weights.recipe(recipe, config.num_hidden_layers)
             plan = make_plan(checkpoint, replace(config, recipe=recipe), choices.rotations)
-        moments = None
-        if text is not None and options.feedback:
-            measure_moments(source, folder, config, text, progress)
-            moments = moments_of(folder, config)
         run = _Run(checkpoint, plan, folder, progress, moments)
         run.weights()
         raw_config.pop("quantization_config", None)  # the source's, which is the recipe's now
@@ -190,6 +214,7 @@ def quantize_checkpoint(
         resumed_bytes=run.resumed_bytes,
         seconds=time.monotonic() - started,
         cache=choices,
+        weights=weights,
     )
 
 

@@ -34,6 +34,7 @@ from mla_deploy.exporters.onnx.ort_cuda import OnnxRuntimeCuda
 from mla_deploy.exporters.onnx.weights import Progress, write_external_data
 from mla_deploy.model import cache_parts, count_parameters
 from mla_deploy.output import check_output, check_space, new_folder, writing
+from mla_deploy.recipe import CALIBRATION_FILE, WEIGHT_BITS_FILE
 
 GRAPH_FILE = "model.onnx"
 TARGETS: dict[str, type[OnnxRuntime]] = {"cpu": OnnxRuntime, "cuda": OnnxRuntimeCuda}
@@ -45,8 +46,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-CALIBRATION_FILE = "calibration.json"
-"""What `quantize` measured; `eval --report` draws it."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def require_tokenizer(source: Path) -> None:
 def copy_tokenizer(source: Path, folder: Path) -> list[str]:
     """Copy tokenizer, chat template, generation config, and what a calibration measured; gives the
     names that were there."""
-    wanted = (*TOKENIZER_FILES, CALIBRATION_FILE)
+    wanted = (*TOKENIZER_FILES, CALIBRATION_FILE, WEIGHT_BITS_FILE)
     names = [name for name in wanted if (source / name).is_file()]
     for name in names:
         shutil.copyfile(source / name, folder / name)

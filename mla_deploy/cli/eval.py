@@ -254,9 +254,13 @@ def _latents(model: Any, path: Path, text: str, window: int) -> list[dict[str, A
 def _calibration(model: Path) -> Mapping[str, Any]:
     """What `quantize` measured, if it did."""
     from mla_deploy.config import read_json_object
+    from mla_deploy.recipe import CALIBRATION_FILE, WEIGHT_BITS_FILE
 
-    file = model / "calibration.json"
-    return read_json_object(file) if file.is_file() else {}
+    cache, weights = (
+        read_json_object(file) if file.is_file() else {}
+        for file in (model / CALIBRATION_FILE, model / WEIGHT_BITS_FILE)
+    )
+    return {**cache, "weights": weights}
 
 
 def _text_table(found: Evaluation, reference: str | None) -> str:

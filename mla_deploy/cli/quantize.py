@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,10 @@ from mla_deploy.cli.options import PATH, force_option, output_option
 from mla_deploy.cli.reporter import Reporter, reporting
 
 if TYPE_CHECKING:
+    from mla_deploy.quant.allocate import Point
     from mla_deploy.quant.cache_choice import CacheChoices
     from mla_deploy.quant.quantize import QuantizeReport
+    from mla_deploy.quant.weight_choice import WeightChoices
 
 KINDS = {
     "linear": "matrices",
@@ -41,13 +44,19 @@ KINDS = {
     "--calibration",
     type=PATH,
     multiple=True,
-    help="UTF-8 text to calibrate the cache with; may be given again. Holds the model in memory.",
+    help="UTF-8 text to calibrate with; may be given again. Holds the model in memory.",
 )
 @click.option(
     "--weights",
     default="int4",
     show_default=True,
-    help="Matrices: int4, int8 or none (as they are).",
+    help="Matrices: int4, int8, none (as they are), or auto: int4 or int8 for each layer, by "
+    "--calibration and --weights-budget.",
+)
+@click.option(
+    "--weights-budget",
+    type=float,
+    help="With --weights auto: bits a weight on average, scales and zeros included.",
 )
 @click.option(
     "--group",
@@ -121,10 +130,11 @@ def _text(output: Path, report: QuantizeReport) -> str:
     ]
     head = ("weights", "tensors", "parameters", "bytes before", "bytes after", "relative error")
     recipe = report.recipe
+    formats = {layer.cache_format for layer in recipe.layers} or {recipe.cache_format}
     ratio = report.source_bytes / max(1, report.output_bytes)
     entries = [
         ("output", str(output)),
-        ("cache", "a format for each layer" if recipe.layers else recipe.cache_format),
+        ("cache", "a format for each layer" if len(formats) > 1 else formats.pop()),
         (
             "weights",
             f"{table.size(report.source_bytes)} to {table.size(report.output_bytes)} "
@@ -143,6 +153,8 @@ def _text(output: Path, report: QuantizeReport) -> str:
     found = [table.table(head, rows), "", table.pairs(entries)]
     if report.cache is not None:
         found += ["", *_calibration(report.cache)]
+    if report.weights is not None:
+        found += ["", *_weight_bits(report.weights)]
     return "\n".join(found)
 
 
@@ -162,13 +174,39 @@ def _calibration(cache: CacheChoices) -> list[str]:
         for layer, choice in enumerate(cache.chosen)
     ]
     lines = [table.table(head, rows)]
-    measured = [point for point in cache.points if point.is_measured]
-    if measured:
-        points = [
-            (point.name, f"{point.bytes:.1f}", f"{point.kl:.5f}")
-            for point in sorted(measured, key=lambda point: point.bytes)
-        ]
-        lines += ["", table.table(("all layers", "bytes a token and layer", "KL"), points)]
-        taken = f"{cache.bytes_per_layer:.1f} of {cache.budget:g} bytes a token and layer"
+    if cache.points:
+        unit = "bytes a token and layer"
+        lines += ["", _points(cache.points, unit)]
+        taken = f"{cache.bytes_per_layer:.1f} of {cache.budget:g} {unit}"
         lines += ["", table.pairs([("budget", taken)])]
     return lines
+
+
+def _weight_bits(weights: WeightChoices) -> list[str]:
+    """The same of matrices."""
+    head = ("layer", "matrices", "format", "bytes", "relative error", "KL alone")
+    rows = [
+        (
+            str(item.layer),
+            KINDS[item.kind],
+            item.choice.format,
+            f"{item.choice.bytes:,}",
+            f"{item.choice.nmse:.2e}",
+            f"{item.choice.kl:.5f}",
+        )
+        for item in weights.items
+    ]
+    taken = f"{weights.bits_per_weight:.3f} of {weights.budget:g} bits a weight"
+    return [
+        table.table(head, rows),
+        "",
+        _points(weights.points, "bits a weight"),
+        "",
+        table.pairs([("budget", taken)]),
+    ]
+
+
+def _points(points: Sequence[Point], unit: str) -> str:
+    measured = sorted((one for one in points if one.is_measured), key=lambda one: one.size)
+    rows = [(one.name, f"{one.size:.2f}", f"{one.kl:.5f}") for one in measured]
+    return table.table(("all layers", unit, "KL"), rows)

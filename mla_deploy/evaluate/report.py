@@ -29,7 +29,8 @@ def write_report(path: Path, values: Mapping[str, Any], calibration: Mapping[str
 
     Args:
         values: what `mla-deploy eval --json` prints.
-        calibration: what `quantize` wrote into calibration.json; empty if it did not calibrate.
+        calibration: what `quantize` wrote into calibration.json, and under `weights` what it wrote
+            into weight_bits.json; empty where it did not measure.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -43,6 +44,8 @@ def write_report(path: Path, values: Mapping[str, Any], calibration: Mapping[str
         sections.append(_latents(values["cache"]))
     if calibration.get("points"):
         sections += _allocation(calibration, values)
+    if calibration.get("weights"):
+        sections += _weight_bits(calibration["weights"])
     if values.get("retrieval"):
         sections.append(_retrieval(values["retrieval"]))
     if values.get("questions"):
@@ -142,16 +145,13 @@ def _allocation(calibration: Mapping[str, Any], values: Mapping[str, Any]) -> li
     chosen = calibration["chosen"]
 
     def draw_pareto(axes: Axes) -> None:
-        way = sorted((p["bytes"], p["kl"]) for p in points if not p["is_measured"])
-        axes.plot(*zip(*way, strict=True), ".-", color="0.7", label="greedy, layers added up")
-        for point in (p for p in points if p["is_measured"]):
-            axes.plot(point["bytes"], point["kl"], "o", label=point["name"])
+        _draw_points(axes, points)
         if "kl_mean" in values and calibration.get("bytes_per_layer"):
             axes.plot(
                 calibration["bytes_per_layer"], values["kl_mean"], "*", markersize=14,
                 label="this model on this text",
             )  # fmt: skip
-        axes.set(yscale="log", xlabel="bytes a token and layer", ylabel="KL, nats")
+        axes.set(xlabel="bytes a token and layer")
         axes.legend()
 
     def draw_layers(axes: Axes) -> None:
@@ -170,6 +170,47 @@ def _allocation(calibration: Mapping[str, Any], values: Mapping[str, Any]) -> li
         _plot("Bytes by layer, and the budget", draw_layers),
         _plot("Bytes against KL divergence, on the calibration text", draw_pareto),
     ]
+
+
+def _weight_bits(weights: Mapping[str, Any]) -> list[str]:
+    items = weights["items"]
+    chosen = [item["choices"][item["chosen"]] for item in items]
+    names = [f"{item['kind']} {item['layer']}" for item in items]
+
+    def draw_pareto(axes: Axes) -> None:
+        _draw_points(axes, weights["points"])
+        axes.set(xlabel="bits a weight")
+        axes.legend()
+
+    def draw_bits(axes: Axes) -> None:
+        bits = [
+            8 * one["bytes"] / item["parameters"] for one, item in zip(chosen, items, strict=True)
+        ]
+        axes.bar(names, bits)
+        axes.axhline(weights["budget"], color="0.5", linestyle="--")
+        axes.tick_params(axis="x", rotation=90)
+        axes.set(ylabel="bits a weight")
+
+    head = ("matrices and layer", "format", "bytes", "relative error", "KL alone")
+    rows = [
+        (name, one["format"], one["bytes"], one["nmse"], one["kl"])
+        for name, one in zip(names, chosen, strict=True)
+    ]
+    return [
+        "<h2>Bits of the matrices</h2>",
+        _table(head, rows),
+        _plot("Bits a weight by layer, and the budget", draw_bits),
+        _plot("Bits a weight against KL divergence, on the calibration text", draw_pareto),
+    ]
+
+
+def _draw_points(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
+    """Size against divergence: the greedy way, and what was measured with all layers at once."""
+    way = sorted((p["size"], p["kl"]) for p in points if not p["is_measured"])
+    axes.plot(*zip(*way, strict=True), ".-", color="0.7", label="greedy, layers added up")
+    for point in (p for p in points if p["is_measured"]):
+        axes.plot(point["size"], point["kl"], "o", label=point["name"])
+    axes.set(yscale="log", ylabel="KL, nats")
 
 
 def _retrieval(scores: Sequence[Mapping[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,32 @@ def test_a_bundle_with_formats_by_layer_computes_what_its_checkpoint_does(
     assert found["perplexity"] == pytest.approx(found["reference_perplexity"], rel=0.02)
 
 
+def test_bits_by_layer_go_all_the_way(
+    tiny_mla: Path, short_text: Path, tmp_path: Path, invoke: Invoke, values_of: ValuesOf
+) -> None:
+    """Quantised, shown, exported, run by the engine to what the torch reference computes."""
+    model, bundle, report = tmp_path / "model", tmp_path / "bundle", tmp_path / "report.html"
+    options = ("--kv", "fp32", "--weights", "auto", "--weights-budget", 5.5)
+    result = invoke("quantize", tiny_mla, "-o", model, *options, "--calibration", short_text)
+    assert result.exit_code == 0, result.output
+    layers = json.loads((model / "config.json").read_text())["mla_deploy"]["layers"]
+    kinds = {"matrices": "linear", "routed experts": "experts"}
+    shown = re.findall(r"^ +(\d) +(matrices|routed experts) +int(\d)", result.stdout, re.MULTILINE)
+    assert len(shown) == 7
+    for layer, name, bits in shown:
+        assert layers[int(layer)][kinds[name]]["bits"] == int(bits)
+    assert {bits for *_, bits in shown} == {"4", "8"}
+    assert "of 5.5 bits a weight" in result.stdout
+
+    values_of("export", model, "-o", bundle)
+    assert (bundle / "weight_bits.json").is_file()
+    measured = ("--text", short_text, "--window", 128, "--threads", 1, "--report", report)
+    found = values_of("eval", bundle, "--reference", model, *measured)
+    assert found["kl_median"] < 1e-3  # the engine rounds what enters a quantised matrix to 8 bit
+    assert "Bits of the matrices" in report.read_text()
+    assert len(values_of("run", bundle, "one", "-n", 4)["tokens"]) == 4
+
+
 def test_stock_kernels_are_said_once(mixed_bundle: Path, short_text: Path, invoke: Invoke) -> None:
     for command in (
         ("run", mixed_bundle, "one", "-n", 1),
@@ -119,6 +146,11 @@ def test_nothing_asked_for(tiny_mla: Path, invoke: Invoke) -> None:
         (("--kv", "auto"), "under a budget"),
         (("--kv", "auto", "--kv-budget", 20, "--calibration", "TEXT"), "76 bytes or more"),
         (("--kv-budget", 90), "budget is for --kv auto"),
+        (("--weights", "auto", "--weights-budget", 5), "under a budget"),
+        (
+            ("--weights", "auto", "--weights-budget", 3, "--calibration", "TEXT"),
+            "4.525 bits or more",
+        ),
         (("--calibration", "MISSING"), "cannot be read"),
     ],
 )

@@ -34,14 +34,30 @@ VALUES: dict[str, Any] = {
 }  # fmt: skip
 CALIBRATION: dict[str, Any] = {
     "points": [
-        {"name": "int4", "bytes": 108.0, "kl": 0.004, "is_measured": True},
-        {"name": "greedy", "bytes": 100.0, "kl": 0.005, "is_measured": True},
-        {"name": "greedy", "bytes": 76.0, "kl": 0.05, "is_measured": False},
-        {"name": "greedy", "bytes": 100.0, "kl": 0.006, "is_measured": False},
+        {"name": "int4", "size": 108.0, "kl": 0.004, "is_measured": True},
+        {"name": "greedy", "size": 100.0, "kl": 0.005, "is_measured": True},
+        {"name": "greedy", "size": 76.0, "kl": 0.05, "is_measured": False},
+        {"name": "greedy", "size": 100.0, "kl": 0.006, "is_measured": False},
     ],
     "chosen": [{"format": "int3", "bytes": 92, "rotation": "balanced", "kl": 0.001}],
     "budget": 100.0,
     "bytes_per_layer": 92.0,
+    "weights": {
+        "items": [
+            {
+                "layer": 3, "kind": "experts", "parameters": 1000, "chosen": 1,
+                "choices": [
+                    {"format": "int4", "bytes": 550, "nmse": 0.008, "kl": 0.01},
+                    {"format": "int8", "bytes": 1050, "nmse": 3e-5, "kl": 0.0002},
+                ],
+            }
+        ],
+        "budget": 9.0,
+        "points": [
+            {"name": "greedy", "size": 8.4, "kl": 0.0003, "is_measured": True},
+            {"name": "greedy", "size": 4.4, "kl": 0.01, "is_measured": False},
+        ],
+    },
 }  # fmt: skip
 
 
@@ -66,11 +82,13 @@ def test_everything_is_in_it_and_nothing_is_fetched(tmp_path: Path) -> None:
         "SQNR by layer",
         "Bytes by layer, and the budget",
         "Bytes against KL divergence, on the calibration text",
+        "Bits a weight by layer, and the budget",
+        "Bits a weight against KL divergence, on the calibration text",
     ]
     assert all(str(image["src"]).startswith("data:image/png;base64,iVBOR") for image in images)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe"}
     assert "&lt;script&gt;alert(1)" in text
-    for word in ("passkey", "acc,none", "balanced", "64 to 127", "a&amp;b"):
+    for word in ("passkey", "acc,none", "balanced", "experts 3", "64 to 127", "a&amp;b"):
         assert word in text
     assert [one.name for one in tmp_path.iterdir()] == ["report.html"]
 

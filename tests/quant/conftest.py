@@ -8,6 +8,15 @@ import pytest
 from support.models import random_model, save_checkpoint
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "v_head_dim": 32, "qk_nope_head_dim": 32}
+ESSAYS = Path(__file__).parents[2] / "examples" / "text" / "three-essays.txt"
+
+
+@pytest.fixture(scope="session")
+def short_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two windows or so: enough to see, quick to run."""
+    file = tmp_path_factory.mktemp("text") / "short.txt"
+    file.write_text(ESSAYS.read_text(encoding="utf-8")[:1800], encoding="utf-8")
+    return file
 
 
 @pytest.fixture(scope="session")

@@ -16,21 +16,10 @@ from mla_deploy.config import load_config
 from mla_deploy.errors import UsageError
 from mla_deploy.model import forward_window, load_model
 from mla_deploy.quant import quantize as quantize_module
-from mla_deploy.quant.cache_choice import CALIBRATION_FILE
 from mla_deploy.quant.calibrate import CalibrationText, WindowRun, calibrate, rotated
 from mla_deploy.quant.options import QuantizeOptions
 from mla_deploy.quant.quantize import quantize_checkpoint
-
-ROOT = Path(__file__).parents[2]
-ESSAYS = ROOT / "examples" / "text" / "three-essays.txt"
-
-
-@pytest.fixture(scope="module")
-def short_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two windows or so: enough to see, quick to run."""
-    file = tmp_path_factory.mktemp("text") / "short.txt"
-    file.write_text(ESSAYS.read_text(encoding="utf-8")[:1800], encoding="utf-8")
-    return file
+from mla_deploy.recipe import CALIBRATION_FILE
 
 
 def logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -121,11 +110,11 @@ def test_auto_keeps_to_the_budget_and_beats_what_fits_uniformly(
     sizes = [cache_record(name).bytes_per_token(128, 32) for name in formats]
     assert sum(sizes) / 4 == cache.bytes_per_layer
     measured = {point.name: point for point in cache.points if point.is_measured}
-    best = min(point.kl for point in measured.values() if point.bytes <= 101)
-    taken = [p for p in measured.values() if p.bytes == cache.bytes_per_layer]
+    best = min(point.kl for point in measured.values() if point.size <= 101)
+    taken = [p for p in measured.values() if p.size == cache.bytes_per_layer]
     assert min(point.kl for point in taken) == best
     # 101 bytes is between int3 and int4.
-    assert measured["int4"].bytes > 101 > measured["int3"].bytes
+    assert measured["int4"].size > 101 > measured["int3"].size
     assert best <= measured["int3"].kl
 
 
