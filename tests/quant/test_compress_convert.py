@@ -359,7 +359,10 @@ def test_a_config_that_is_not_whole_is_refused(
 def test_an_estimate_reads_no_weights_and_writes_nothing(tmp_path: Path) -> None:
     _, source = source_folder(tmp_path)
     found = estimate(source, options(tmp_path / "absent.txt", target_ratio=0.5))
-    assert [size.numbers for size in found.sizes] == [64, 64, 64, 64]
+    assert [(size.kv_lora_rank, size.qk_rope_head_dim) for size in found.sizes] == [
+        (48, 16),
+        (32, 32),
+    ]
     assert found.seconds > 0
     assert found.memory_bytes > 0
     assert {p.name for p in tmp_path.iterdir()} == {"source"}

@@ -346,6 +346,8 @@ def test_ctrl_c_ends_a_long_prompt(toy: Toy, generating: bool) -> None:
                 session.prefill([5] * 998)
             session.rewind(1)
 
+    # Where tests run in the background, a shell may have had the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with engine.session() as session:
         session.prefill([5])
         interrupt = threading.Timer(0.03, signal.raise_signal, (signal.SIGINT,))
@@ -353,6 +355,7 @@ def test_ctrl_c_ends_a_long_prompt(toy: Toy, generating: bool) -> None:
         with pytest.raises(KeyboardInterrupt):
             work()
         interrupt.join()
+        signal.signal(signal.SIGINT, before)
         session.rewind(1)
         np.testing.assert_array_equal(session.decode(3), toy.logits([5, 3]))
 

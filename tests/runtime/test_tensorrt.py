@@ -151,7 +151,7 @@ def test_areas_are_aligned_and_apart(bundle: Path) -> None:
 def test_loading_without_a_gpu_says_what_is_missing(bundle: Path) -> None:
     with pytest.raises(BundleError, match="no engine yet"):
         load(bundle)
-    with pytest.raises(UsageError, match="run on the CPU"):
+    with pytest.raises(UsageError, match="run on ONNX Runtime"):
         load(bundle, threads=2)
 
 
