@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from mla_deploy.bundle import (
     describe_file,
     write_manifest,
 )
-from mla_deploy.cache import PAGE_TOKENS
+from mla_deploy.cache import PAGE_TOKENS, CachePart
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import TokenizerError, UsageError
@@ -156,8 +157,11 @@ def model_info(config: MlaConfig) -> ModelInfo:
     return ModelInfo(parameters=count_parameters(config), **same)
 
 
-def cache_info(config: MlaConfig) -> CacheInfo:
-    """The manifest's part on the cache."""
+def cache_info(
+    config: MlaConfig,
+    page_shape: Callable[[CachePart], Sequence[int]] = lambda part: part.page_shape,
+) -> CacheInfo:
+    """The manifest's part on the cache; `page_shape` is how a graph sees a page of a part."""
     formats = config.recipe.cache_formats(config.num_hidden_layers)
     layers = [
         LayerCache(
@@ -166,7 +170,7 @@ def cache_info(config: MlaConfig) -> CacheInfo:
                 CachePartInfo(
                     name=part.name,
                     dtype=str(part.dtype).removeprefix("torch."),
-                    page_shape=list(part.page_shape),
+                    page_shape=list(page_shape(part)),
                 )
                 for part in parts
             ],

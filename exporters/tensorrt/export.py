@@ -17,10 +17,8 @@ from mla_deploy.bundle import (
     MANIFEST,
     Bundle,
     CacheInfo,
-    CachePartInfo,
     EngineInfo,
     GraphInfo,
-    LayerCache,
     Manifest,
     ProfileInfo,
     TensorInfo,
@@ -32,6 +30,7 @@ from mla_deploy.cache import PAGE_TOKENS
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import BundleError, UsageError
+from mla_deploy.exporters.onnx import export as onnx_export
 from mla_deploy.exporters.onnx.export import (
     GRAPH_FILE,
     copy_tokenizer,
@@ -253,22 +252,9 @@ def profiles(context: int, options: TensorRtOptions) -> list[ProfileInfo]:
 
 def cache_info(config: MlaConfig, *, pages: bool = False) -> CacheInfo:
     """The manifest's part on the cache: the record's pages, or rows of its parts."""
-    formats = config.recipe.cache_formats(config.num_hidden_layers)
-    layers = [
-        LayerCache(
-            format=name,
-            parts=[
-                CachePartInfo(
-                    name=part.name,
-                    dtype=str(part.dtype).removeprefix("torch."),
-                    page_shape=list(part.page_shape) if pages else [PAGE_TOKENS, part.width],
-                )
-                for part in parts
-            ],
-        )
-        for name, parts in zip(formats, cache_parts(config), strict=True)
-    ]
-    return CacheInfo(page_tokens=PAGE_TOKENS, layers=layers)
+    if pages:
+        return onnx_export.cache_info(config)
+    return onnx_export.cache_info(config, lambda part: (PAGE_TOKENS, part.width))
 
 
 def _build_bundle(
