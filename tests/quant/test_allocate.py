@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from mla_deploy.cache import cache_record
 from mla_deploy.errors import UsageError
-from mla_deploy.quant.allocate import Choice, allocate, cheapest, steps
+from mla_deploy.quant.allocate import Choice, allocate, cheapest, decide, steps
 
 costs_and_losses = st.lists(st.tuples(st.integers(1, 40), st.floats(0, 1)), min_size=1, max_size=4)
 problems = st.lists(costs_and_losses, min_size=1, max_size=4)
@@ -85,3 +86,19 @@ def test_budgets_of_a_real_geometry(budget: int, format_at_least: str) -> None:
     if budget > 232:
         assert found.loss < sum(choices[uniform].loss for choices in items)
         assert len(set(found.chosen)) > 1
+
+
+def test_what_is_measured_together_decides_among_what_fits() -> None:
+    items = [[Choice("small", 2, 1.0), Choice("large", 4, 0.5)]] * 2
+    losses = {(1, 0): 0.9, (0, 1): 0.9, (0, 0): 0.8, (1, 1): 0.1}
+
+    def measure(allocations: Sequence[Sequence[int]]) -> list[float]:
+        return [losses[tuple(one)] for one in allocations]
+
+    chosen, points = decide(items, 6, 2, measure)
+    assert chosen == (0, 0)  # not the sum's (1, 0), nor the best of all, which costs 8
+    assert {(one.name, one.size) for one in points if one.is_measured} >= {
+        ("small", 2),
+        ("large", 4),
+    }
+    assert decide(items, 8, 2, measure)[0] == (1, 1)
