@@ -9,9 +9,12 @@
 //     softmax   16 threads a row: sums the quarters, masks, exponentials, probabilities in half
 //     values    a warp: all tokens, its own 64 channels; sums in registers
 //
+// Values of a tile and scores of the next are between the same two barriers, so that warps have
+// something to do while others wait for memory.
+//
 // Where a record is folded (formats.h), with c = scale * code + zero,
 //
-//     score = sum_g scale_g (q . codes)_g + zero_g (sum q)_g          a lane's few sums, in float
+//     score = sum_g scale_g (q . codes)_g + sum_g zero_g (sum q)_g    scales on a lane's few sums
 //     value = sum_t (p scale)_t codes_t + sum_t p_t zero_t            p scale in half
 //
 // A row's maximum is raised only when exceeded by 2^kSlack, so that sums are rarely rescaled; p is
@@ -41,10 +44,13 @@ struct Attend {
     static constexpr int kQuarters = 4;
     static constexpr int kRuns = kWarps / kQuarters;
     static constexpr int kScoreTiles = kTile / 8 / kRuns;  // of 8 tokens, a warp
-    static constexpr int kQuarterGroups = Rank / kGroup / kQuarters;
+    static constexpr int kGroups = Rank / kGroup;
+    static constexpr int kQuarterGroups = kGroups / kQuarters;
     static constexpr int kPasses = kRows * kRowThreads / kThreads;  // of the softmax
     static constexpr int kThreadTokens = kTile / kRowThreads;
 
+    static_assert(kGroups <= 8 && kScoreTiles % kQuarters == 0 || !Format::kFolded,
+                  "sums of all groups are one operand, and the quarters take turns");
     // A thread's scores and probabilities, each read or written at once.
     static_assert(kThreadTokens == 2 || kThreadTokens == 4, "a vector of floats");
     using ThreadScores = std::conditional_t<kThreadTokens == 4, Floats4, Floats2>;
@@ -52,7 +58,7 @@ struct Attend {
 
     // Rows of scores and probabilities are padded so that their reads and writes spread over banks.
     static constexpr int kScoreStride = kTile + 8;  // floats
-    static constexpr int kProbStride = kTile + 8;   // halves
+    static constexpr int kProbStride = kTile + 16;  // halves
 
     static MLA_CONSTEXPR int tile_bytes(int rope) {
         int bytes = 0;
@@ -75,7 +81,7 @@ struct Attend {
     struct State {
         uint32_t q[kQuarterGroups][kGroupSteps][RowTiles][4];
         uint32_t q_pe[RowTiles][4];
-        float q_sum[kQuarterGroups][RowTiles][2];  // folded: of rows group and group + 8
+        uint32_t q_sum[RowTiles][4];  // folded: of each group of channels, see load_sums()
         float o[RowTiles][kGroupTiles][4];
         float o_zero[RowTiles][4];  // folded: the zeros' share, the same in all columns
         float max[kPasses], sum[kPasses];
@@ -109,6 +115,31 @@ struct Attend {
             const float second = Alternate ? x.z : x.y, third = Alternate ? x.y : x.z;
             a[i] = pack_half2(in_range(x.x) * factor, in_range(second) * factor);
             a[2 + i] = pack_half2(in_range(third) * factor, in_range(x.w) * factor);
+        }
+    }
+
+    // Sums of a row's query over each group of channels, until there are probabilities.
+    static MLA_DEVICE float* query_sums(const Thread& thread, int row) {
+        return reinterpret_cast<float*>(thread.shared + kScoreBytes) + row * kGroups;
+    }
+
+    // As an operand: columns 0 to 7 hold what half takes of the sums of groups 0 to 7, columns 8 to
+    // 15 what it leaves of them, so that they are as exact as in float.
+    static MLA_DEVICE void load_sums(const Thread& thread, State& state) {
+        const int group = thread.lane() / 4, quad = thread.lane() % 4;
+        MLA_UNROLL
+        for (int r = 0; r < RowTiles; ++r) {
+            MLA_UNROLL
+            for (int i = 0; i < 2; ++i) {
+                Floats2 sums = {0, 0};
+                if (2 * quad < kGroups)
+                    sums = load<Floats2>(query_sums(thread, 16 * r + 8 * i + group) + 2 * quad);
+                const uint32_t rounded = pack_half2(in_range(sums.x), in_range(sums.y));
+                const Floats2 taken = unpack_half2(rounded);
+                state.q_sum[r][i] = rounded;
+                state.q_sum[r][2 + i] =
+                    pack_half2(in_range(sums.x - taken.x), in_range(sums.y - taken.y));
+            }
         }
     }
 
@@ -147,8 +178,11 @@ struct Attend {
                         above += shuffle_xor(above, mask);
                         below += shuffle_xor(below, mask);
                     }
-                    state.q_sum[g][r][0] = above;
-                    state.q_sum[g][r][1] = below;
+                    if (quad == 0 && thread.warp() < kQuarters) {  // two runs have the same
+                        float* sums = query_sums(thread, 16 * r + group);
+                        sums[quarter * kQuarterGroups + g] = above;
+                        sums[8 * kGroups + quarter * kQuarterGroups + g] = below;
+                    }
                 }
             }
             if (quarter < p.rope / kRopeGroup) {
@@ -168,15 +202,20 @@ struct Attend {
 
     // ---- a tile -----------------------------------------------------------------------------
 
+    template <int I>
+    static MLA_DEVICE void start_copy(const Params& p, int64_t page, int first, int valid,
+                                      uint8_t* tile, int thread) {
+        if constexpr (I < Format::kParts) {
+            const Part part = Format::part(I, Rank, p.rope);
+            TilePart<kTile>::template copy<kThreads, Format::part(I, Rank, kMaxRope).width>(
+                part, p.parts[I] + page * part.page_bytes(), first, valid, thread, tile);
+            start_copy<I + 1>(p, page, first, valid, tile + TilePart<kTile>::bytes(part), thread);
+        }
+    }
+
     static MLA_DEVICE void start_copies(const Params& p, int64_t page, int first, int valid,
                                         uint8_t* tile, int thread) {
-        MLA_UNROLL
-        for (int i = 0; i < Format::kParts; ++i) {
-            const Part part = Format::part(i, Rank, p.rope);
-            TilePart<kTile>::template copy<kThreads>(part, p.parts[i] + page * part.page_bytes(),
-                                                     first, valid, thread, tile);
-            tile += TilePart<kTile>::bytes(part);
-        }
+        start_copy<0>(p, page, first, valid, tile, thread);
     }
 
     static MLA_DEVICE void find_parts(const uint8_t* tile, int rope,
@@ -193,57 +232,67 @@ struct Attend {
         float* out = reinterpret_cast<float*>(thread.shared);
         const int group = thread.lane() / 4, quad = thread.lane() % 4;
         const int quarter = thread.warp() % kQuarters, run = thread.warp() / kQuarters;
-        // Unrolled, its loads would take registers that there are not.
-        MLA_NO_UNROLL
-        for (int i = 0; i < kScoreTiles; ++i) {
-            const int first = 8 * (run * kScoreTiles + i), token = first + group;
-            float sums[RowTiles][4] = {}, folded[RowTiles][4] = {};
-            MLA_UNROLL
-            for (int g = 0; g < kQuarterGroups; ++g) {
-                const int channels = quarter * kQuarterGroups + g;
-                uint32_t b[kGroupSteps][2];
-                Format::template keys<Rank>(at, channels, token, quad, b);
-                if constexpr (Format::kFolded) {
-                    const Floats2 scale =
-                        unpack_half2(Format::scales(at, channels, first + 2 * quad));
-                    const Floats2 zero =
-                        unpack_half2(Format::zeros(at, channels, first + 2 * quad));
-                    MLA_UNROLL
-                    for (int r = 0; r < RowTiles; ++r) {
-                        float products[4] = {};
+        MLA_UNROLL_BY(2)
+        for (int i = 0; i < kScoreTiles / 2; ++i) {
+            const int block = run * (kScoreTiles / 2) + i;
+            MLA_UNROLL_BY(2)
+            for (int odd = 0; odd < 2; ++odd) {
+                const int slot = 8 * odd + group, first = kBlockTokens * block + 8 * odd;
+                float sums[RowTiles][4] = {}, folded[RowTiles][4] = {};
+                MLA_UNROLL
+                for (int g = 0; g < kQuarterGroups; ++g) {
+                    const int channels = quarter * kQuarterGroups + g;
+                    uint32_t b[kGroupSteps][2];
+                    Format::template keys<Rank>(at, channels, block, slot, quad, b);
+                    if constexpr (Format::kFolded) {
+                        const Floats2 scale =
+                            unpack_half2(Format::scales(at, channels, first + 2 * quad));
                         MLA_UNROLL
-                        for (int step = 0; step < kGroupSteps; ++step)
-                            mma(products, state.q[g][step][r], b[step][0], b[step][1]);
+                        for (int r = 0; r < RowTiles; ++r) {
+                            float products[4] = {};
+                            MLA_UNROLL
+                            for (int step = 0; step < kGroupSteps; ++step)
+                                mma(products, state.q[g][step][r], b[step][0], b[step][1]);
+                            MLA_UNROLL
+                            for (int k = 0; k < 4; ++k)
+                                folded[r][k] += (k % 2 ? scale.y : scale.x) * products[k];
+                        }
+                    } else {
                         MLA_UNROLL
-                        for (int k = 0; k < 4; ++k) {
-                            folded[r][k] += (k % 2 ? scale.y : scale.x) * products[k];
-                            sums[r][k] += (k % 2 ? zero.y : zero.x) * state.q_sum[g][r][k / 2];
+                        for (int step = 0; step < kGroupSteps; ++step) {
+                            MLA_UNROLL
+                            for (int r = 0; r < RowTiles; ++r)
+                                mma(sums[r], state.q[g][step][r], b[step][0], b[step][1]);
                         }
                     }
-                } else {
+                }
+                if (quarter < p.rope / kRopeGroup) {  // the same for a whole warp
+                    uint32_t b[2];
+                    Format::rope_keys(at, p.rope, quarter, block, slot, quad, b);
                     MLA_UNROLL
-                    for (int step = 0; step < kGroupSteps; ++step) {
+                    for (int r = 0; r < RowTiles; ++r) mma(sums[r], state.q_pe[r], b[0], b[1]);
+                }
+                if constexpr (Format::kFolded) {
+                    // The zeros of all groups at once: the quarters do so in turn.
+                    if ((2 * i + odd) % kQuarters == quarter) {
+                        const uint32_t zeros =
+                            Format::template zeros_of<kGroups>(at, first + group, quad);
                         MLA_UNROLL
                         for (int r = 0; r < RowTiles; ++r)
-                            mma(sums[r], state.q[g][step][r], b[step][0], b[step][1]);
+                            mma(sums[r], state.q_sum[r], zeros, zeros);
+                    }
+                    MLA_UNROLL
+                    for (int r = 0; r < RowTiles; ++r) {
+                        MLA_UNROLL
+                        for (int k = 0; k < 4; ++k) sums[r][k] += Format::kUnit * folded[r][k];
                     }
                 }
-            }
-            if (quarter < p.rope / kRopeGroup) {  // the same for a whole warp
-                uint32_t b[2];
-                Format::rope_keys(at, p.rope, quarter, token, quad, b);
                 MLA_UNROLL
-                for (int r = 0; r < RowTiles; ++r) mma(sums[r], state.q_pe[r], b[0], b[1]);
-            }
-            MLA_UNROLL
-            for (int r = 0; r < RowTiles; ++r) {
-                if constexpr (Format::kFolded) {
-                    MLA_UNROLL
-                    for (int k = 0; k < 4; ++k) sums[r][k] += Format::kUnit * folded[r][k];
+                for (int r = 0; r < RowTiles; ++r) {
+                    float* row = out + (quarter * kRows + 16 * r + group) * kScoreStride + first;
+                    store<Floats2>(row + 2 * quad, {sums[r][0], sums[r][1]});
+                    store<Floats2>(row + 8 * kScoreStride + 2 * quad, {sums[r][2], sums[r][3]});
                 }
-                float* row = out + (quarter * kRows + 16 * r + group) * kScoreStride + first;
-                store<Floats2>(row + 2 * quad, {sums[r][0], sums[r][1]});
-                store<Floats2>(row + 8 * kScoreStride + 2 * quad, {sums[r][2], sums[r][3]});
             }
         }
     }
@@ -316,25 +365,23 @@ struct Attend {
             state.o_zero[r][0] *= alpha;
             state.o_zero[r][2] *= below;
         }
-        MLA_NO_UNROLL
+        MLA_UNROLL_BY(2)
         for (int step = 0; step < kTile / 16; ++step) {
             uint32_t b[kGroupTiles][2];
             Format::template values<Rank>(at, thread.warp(), step, group, quad, b);
             MLA_UNROLL
             for (int r = 0; r < RowTiles; ++r) {
-                const uint8_t* row =
-                    probabilities + ((16 * r + group) * kProbStride + 16 * step + 2 * quad) * 2;
-                uint32_t a[4] = {load<uint32_t>(row), load<uint32_t>(row + 8 * kProbStride * 2),
-                                 load<uint32_t>(row + 16),
-                                 load<uint32_t>(row + 8 * kProbStride * 2 + 16)};
+                const int token = 16 * step + 4 * quad;
+                const uint8_t* row = probabilities + ((16 * r + group) * kProbStride + token) * 2;
+                const Words2 above = load<Words2>(row);
+                const Words2 below = load<Words2>(row + 8 * kProbStride * 2);
+                uint32_t a[4] = {above.x, below.x, above.y, below.y};
                 if constexpr (Format::kFolded) {
-                    const int token = 16 * step + 2 * quad;
-                    mma(state.o_zero[r], a, Format::zeros(at, thread.warp(), token),
-                        Format::zeros(at, thread.warp(), token + 8));
+                    const Words2 zeros = Format::four_zeros(at, thread.warp(), token);
+                    const Words2 scales = Format::four_scales(at, thread.warp(), token);
+                    mma(state.o_zero[r], a, zeros.x, zeros.y);
                     MLA_UNROLL
-                    for (int i = 0; i < 4; ++i)
-                        a[i] =
-                            half2_mul(a[i], Format::scales(at, thread.warp(), token + i / 2 * 8));
+                    for (int i = 0; i < 4; ++i) a[i] = half2_mul(a[i], i < 2 ? scales.x : scales.y);
                 }
                 MLA_UNROLL
                 for (int j = 0; j < kGroupTiles; ++j) mma(state.o[r][j], a, b[j][0], b[j][1]);
@@ -431,23 +478,28 @@ struct Attend {
             }
             commit_copies();  // an empty group at the end, so that counting stays simple
         };
-        for (int i = 0; i < p.stages - 1; ++i) copy_next();
+        for (int i = 0; i < p.stages; ++i) copy_next();
 
         State state;
         start_rows(p, sequence, rows, thread, state);
+        const uint8_t* at[kMaxParts];
         int stage = 0;
-        for (int tile = begin; tile < end; ++tile) {
-            wait_copies(p.stages - 2);
-            barrier();  // the tile is there, and the one before is done with
-            copy_next();
-            const uint8_t* at[kMaxParts];
+        // Values of `tile`, scores and probabilities of the next one.
+        for (int tile = begin - 1;; ++tile) {
+            wait_copies(tile < begin ? p.stages - 1 : p.stages - 2);
+            barrier();  // the next tile is there, and so are this one's probabilities
+            if (tile < begin) {
+                if constexpr (Format::kFolded) load_sums(thread, state);
+            } else {
+                values(at, thread, state);
+                if (tile + 1 == end) break;
+            }
             find_parts(stages + stage * stage_bytes, p.rope, at);
-            scores(p, at, thread, state);
-            barrier();
-            softmax(tile * kTile, thread, state);
-            barrier();
-            values(at, thread, state);
             stage = stage + 1 == p.stages ? 0 : stage + 1;
+            scores(p, at, thread, state);
+            barrier();  // all scores are there, and this tile is done with
+            if (tile >= begin) copy_next();
+            softmax((tile + 1) * kTile, thread, state);
         }
         finish(p, first_row, rows, split, thread, state);
     }

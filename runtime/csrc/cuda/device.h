@@ -17,12 +17,15 @@
 #define MLA_DEVICE __device__ __forceinline__
 #define MLA_CONSTEXPR __host__ __device__ constexpr
 #define MLA_UNROLL _Pragma("unroll")
+#define MLA_PRAGMA(text) _Pragma(#text)
+#define MLA_UNROLL_BY(times) MLA_PRAGMA(unroll times)
 #define MLA_NO_UNROLL _Pragma("unroll 1")
 #else
 #include "cuda/emulation.h"
 #define MLA_DEVICE inline
 #define MLA_CONSTEXPR constexpr
 #define MLA_UNROLL
+#define MLA_UNROLL_BY(times)
 #define MLA_NO_UNROLL
 #endif
 
@@ -104,14 +107,16 @@ MLA_DEVICE void copy_async(void* shared, const void* global, int bytes) {
 }
 // What this thread has started since the last call is one group.
 MLA_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most the `pending` newest groups of this thread (0 to 2) still run.
+// Waits until at most the `pending` newest groups of this thread (0 to 3) still run.
 MLA_DEVICE void wait_copies(int pending) {
     if (pending == 0) {
         asm volatile("cp.async.wait_group 0;" ::: "memory");
     } else if (pending == 1) {
         asm volatile("cp.async.wait_group 1;" ::: "memory");
-    } else {
+    } else if (pending == 2) {
         asm volatile("cp.async.wait_group 2;" ::: "memory");
+    } else {
+        asm volatile("cp.async.wait_group 3;" ::: "memory");
     }
 }
 

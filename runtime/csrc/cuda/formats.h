@@ -6,6 +6,7 @@
 //
 //   scores   index k of 16-channel step `step` of a group: key_channel(); queries follow it
 //   values   column n of the group's 8-column tile j: value_channel(); outputs follow it
+//            indices k of 16 tokens: a lane's four are neighbours; probabilities follow them
 //
 // A lane's place in a fragment is device.h's: group = lane / 4 is the column, quad = lane % 4 gives
 // the rows. A record is one of two kinds:
@@ -37,14 +38,16 @@ MLA_DEVICE uint32_t biased_bytes_to_half2(uint32_t word, int pair) {
 
 // The rope key in int8, whatever the latent is in; four lines of 16 channels a step, a scale each.
 struct RopeCodes {
-    // Operands b0, b1 of step `step` for `token`.
+    // Operands b0, b1 of step `step` for token `slot` of block `block`.
     template <int Tokens>
     static MLA_DEVICE void keys(const uint8_t* codes, const uint8_t* scales, int rope, int step,
-                                int token, int quad, uint32_t (&b)[2]) {
+                                int block, int slot, int quad, uint32_t (&b)[2]) {
         using At = TilePart<Tokens>;
         const uint32_t word =
-            load<uint32_t>(codes + At::blocked(rope / 4, 4 * step + quad, token)) ^ 0x80808080u;
-        const uint32_t scale = twice(load<uint16_t>(scales + At::column(step, token)));
+            load<uint32_t>(codes + At::blocked(rope / 4, block, 4 * step, quad, slot)) ^
+            0x80808080u;
+        const uint32_t scale =
+            twice(load<uint16_t>(scales + At::column(step, kBlockTokens * block + slot)));
         b[0] = half2_mul(biased_bytes_to_half2(word, 0), scale);
         b[1] = half2_mul(biased_bytes_to_half2(word, 1), scale);
     }
@@ -91,22 +94,37 @@ struct Int4Format {
     static MLA_CONSTEXPR float key_factor(int step) { return step % 2 ? 1.0f / 16 : 1.0f; }
     static MLA_CONSTEXPR float value_factor(int tile) { return tile < 4 ? kUnit : kUnit / 16; }
 
-    // Scales and zeros of tokens `token` (even) and `token` + 1, in half.
+    // Scales of tokens `token` (even) and `token` + 1, in half.
     static MLA_DEVICE uint32_t scales(const uint8_t* const (&at)[kMaxParts], int group, int token) {
         return load<uint32_t>(at[1] + TilePart<kTile>::column(group, token));
     }
-    static MLA_DEVICE uint32_t zeros(const uint8_t* const (&at)[kMaxParts], int group, int token) {
-        return load<uint32_t>(at[2] + TilePart<kTile>::column(group, token));
+    // Of tokens `token` (a multiple of four) to `token` + 3.
+    static MLA_DEVICE Words2 four_scales(const uint8_t* const (&at)[kMaxParts], int group,
+                                         int token) {
+        return load<Words2>(at[1] + TilePart<kTile>::column(group, token));
+    }
+    static MLA_DEVICE Words2 four_zeros(const uint8_t* const (&at)[kMaxParts], int group,
+                                        int token) {
+        return load<Words2>(at[2] + TilePart<kTile>::column(group, token));
+    }
+    // Zeros of one token in groups 2 quad and 2 quad + 1, as far as there are groups.
+    template <int Groups>
+    static MLA_DEVICE uint32_t zeros_of(const uint8_t* const (&at)[kMaxParts], int token,
+                                        int quad) {
+        if (2 * quad >= Groups) return 0;
+        return permute(load<uint16_t>(at[2] + TilePart<kTile>::column(2 * quad, token)),
+                       load<uint16_t>(at[2] + TilePart<kTile>::column(2 * quad + 1, token)),
+                       0x5410);
     }
 
     template <int Rank>
-    static MLA_DEVICE void keys(const uint8_t* const (&at)[kMaxParts], int group, int token,
-                                int quad, uint32_t (&b)[kGroupSteps][2]) {
+    static MLA_DEVICE void keys(const uint8_t* const (&at)[kMaxParts], int group, int block,
+                                int slot, int quad, uint32_t (&b)[kGroupSteps][2]) {
         using At = TilePart<kTile>;
         MLA_UNROLL
         for (int half = 0; half < 2; ++half) {
-            const uint32_t word =
-                load<uint32_t>(at[0] + At::blocked(Rank / 8, 8 * group + 4 * half + quad, token));
+            const uint32_t word = load<uint32_t>(
+                at[0] + At::blocked(Rank / 8, block, 8 * group + 4 * half, quad, slot));
             b[2 * half][0] = low(word);
             b[2 * half][1] = low(word >> 8);
             b[2 * half + 1][0] = high(word);
@@ -115,8 +133,8 @@ struct Int4Format {
     }
 
     static MLA_DEVICE void rope_keys(const uint8_t* const (&at)[kMaxParts], int rope, int step,
-                                     int token, int quad, uint32_t (&b)[2]) {
-        RopeCodes::keys<kTile>(at[3], at[4], rope, step, token, quad, b);
+                                     int block, int slot, int quad, uint32_t (&b)[2]) {
+        RopeCodes::keys<kTile>(at[3], at[4], rope, step, block, slot, quad, b);
     }
 
     // Column `column` of all tiles is line 8 group + column: a word a token has the eight of them.
@@ -124,14 +142,14 @@ struct Int4Format {
     static MLA_DEVICE void values(const uint8_t* const (&at)[kMaxParts], int group, int step,
                                   int column, int quad, uint32_t (&b)[kGroupTiles][2]) {
         using At = TilePart<kTile>;
+        const Words4 words =
+            load<Words4>(at[0] + At::blocked(Rank / 8, step, 8 * group, column, 4 * quad));
         MLA_UNROLL
         for (int i = 0; i < 2; ++i) {
-            const int token = 16 * step + 8 * i + 2 * quad;
-            const Words2 words =
-                load<Words2>(at[0] + At::blocked(Rank / 8, 8 * group + column, token));
+            const uint32_t one = i ? words.z : words.x, other = i ? words.w : words.y;
             MLA_UNROLL
             for (int half = 0; half < 2; ++half) {
-                const uint32_t pair = permute(words.x, words.y, half ? 0x7632 : 0x5410);
+                const uint32_t pair = permute(one, other, half ? 0x7632 : 0x5410);
                 b[2 * half][i] = low(pair);
                 b[2 * half + 1][i] = low(pair >> 8);
                 b[2 * half + 4][i] = high(pair);
@@ -153,14 +171,16 @@ struct Int8Format : QuadChannels {
     }
 
     template <int Rank>
-    static MLA_DEVICE void keys(const uint8_t* const (&at)[kMaxParts], int group, int token,
-                                int quad, uint32_t (&b)[kGroupSteps][2]) {
+    static MLA_DEVICE void keys(const uint8_t* const (&at)[kMaxParts], int group, int block,
+                                int slot, int quad, uint32_t (&b)[kGroupSteps][2]) {
         using At = TilePart<kTile>;
-        const uint32_t scale = twice(load<uint16_t>(at[1] + At::column(group, token)));
+        const uint32_t scale =
+            twice(load<uint16_t>(at[1] + At::column(group, kBlockTokens * block + slot)));
         MLA_UNROLL
         for (int step = 0; step < kGroupSteps; ++step) {
             const uint32_t word =
-                load<uint32_t>(at[0] + At::blocked(Rank / 4, 16 * group + 4 * step + quad, token)) ^
+                load<uint32_t>(at[0] +
+                               At::blocked(Rank / 4, block, 16 * group + 4 * step, quad, slot)) ^
                 0x80808080u;
             b[step][0] = half2_mul(biased_bytes_to_half2(word, 0), scale);
             b[step][1] = half2_mul(biased_bytes_to_half2(word, 1), scale);
@@ -168,8 +188,8 @@ struct Int8Format : QuadChannels {
     }
 
     static MLA_DEVICE void rope_keys(const uint8_t* const (&at)[kMaxParts], int rope, int step,
-                                     int token, int quad, uint32_t (&b)[2]) {
-        RopeCodes::keys<kTile>(at[2], at[3], rope, step, token, quad, b);
+                                     int block, int slot, int quad, uint32_t (&b)[2]) {
+        RopeCodes::keys<kTile>(at[2], at[3], rope, step, block, slot, quad, b);
     }
 
     // Column `column` of tiles 0 to 3 is line 16 group + column, of 4 to 7 that 8 lines on.
@@ -177,15 +197,16 @@ struct Int8Format : QuadChannels {
     static MLA_DEVICE void values(const uint8_t* const (&at)[kMaxParts], int group, int step,
                                   int column, int quad, uint32_t (&b)[kGroupTiles][2]) {
         using At = TilePart<kTile>;
+        const Words2 scales = load<Words2>(at[1] + At::column(group, 16 * step + 4 * quad));
         MLA_UNROLL
-        for (int i = 0; i < 2; ++i) {
-            const int token = 16 * step + 8 * i + 2 * quad;
-            const uint32_t scale = load<uint32_t>(at[1] + At::column(group, token));
+        for (int half = 0; half < 2; ++half) {
+            const Words4 words = load<Words4>(
+                at[0] + At::blocked(Rank / 4, step, 16 * group + 8 * half, column, 4 * quad));
             MLA_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                const Words2 words = load<Words2>(
-                    at[0] + At::blocked(Rank / 4, 16 * group + 8 * half + column, token));
-                const uint32_t one = words.x ^ 0x80808080u, other = words.y ^ 0x80808080u;
+            for (int i = 0; i < 2; ++i) {
+                const uint32_t one = (i ? words.z : words.x) ^ 0x80808080u;
+                const uint32_t other = (i ? words.w : words.y) ^ 0x80808080u;
+                const uint32_t scale = i ? scales.y : scales.x;
                 MLA_UNROLL
                 for (int upper = 0; upper < 2; ++upper) {
                     const uint32_t pairs = permute(one, other, upper ? 0x7362 : 0x5140);
@@ -207,22 +228,23 @@ struct Fp16Format : QuadChannels {
     }
 
     template <int Rank>
-    static MLA_DEVICE void keys(const uint8_t* const (&at)[kMaxParts], int group, int token,
-                                int quad, uint32_t (&b)[kGroupSteps][2]) {
+    static MLA_DEVICE void keys(const uint8_t* const (&at)[kMaxParts], int group, int block,
+                                int slot, int quad, uint32_t (&b)[kGroupSteps][2]) {
         using At = TilePart<kTile>;
         MLA_UNROLL
         for (int step = 0; step < kGroupSteps; ++step) {
             const Words2 words =
-                load<Words2>(at[0] + At::row(Rank, token, kGroup * group + 16 * step + 4 * quad));
+                load<Words2>(at[0] + At::row(Rank, kBlockTokens * block + slot,
+                                             kGroup * group + 16 * step + 4 * quad));
             b[step][0] = words.x;
             b[step][1] = words.y;
         }
     }
 
     static MLA_DEVICE void rope_keys(const uint8_t* const (&at)[kMaxParts], int rope, int step,
-                                     int token, int quad, uint32_t (&b)[2]) {
-        const Words2 words =
-            load<Words2>(at[1] + TilePart<kTile>::row(rope, token, 16 * step + 4 * quad));
+                                     int block, int slot, int quad, uint32_t (&b)[2]) {
+        const Words2 words = load<Words2>(
+            at[1] + TilePart<kTile>::row(rope, kBlockTokens * block + slot, 16 * step + 4 * quad));
         b[0] = words.x;
         b[1] = words.y;
     }
@@ -233,7 +255,7 @@ struct Fp16Format : QuadChannels {
         using At = TilePart<kTile>;
         MLA_UNROLL
         for (int i = 0; i < 2; ++i) {
-            const int token = 16 * step + 8 * i + 2 * quad;
+            const int token = 16 * step + 4 * quad + 2 * i;
             MLA_UNROLL
             for (int half = 0; half < 2; ++half) {
                 const int channel = kGroup * group + 32 * half + 4 * column;

@@ -16,7 +16,7 @@ namespace mla::cuda {
 // Tiles: of 16 tokens, in one block.
 template <int Tiles>
 struct HeadMatmul {
-    static constexpr int kWarps = 4;  // each takes every fourth 16 of the inner dimension
+    static constexpr int kWarps = Tiles == 1 ? 8 : 4;  // they share the inner dimension, by 16
     static constexpr int kThreads = kWarps * kWarpLanes;
     static constexpr int kMinBlocks = 2;
     static constexpr int kTokens = 16 * Tiles;

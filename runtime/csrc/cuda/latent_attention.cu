@@ -241,7 +241,8 @@ mla_cuda_status launch_round(const Params& p, const Plan& plan, CacheFormat form
     const int64_t rows = int64_t{p.round_steps} * p.heads;
     const Grid grid = {p.splits, plan.row_blocks, p.batch};
     MLA_LAUNCH(family_of(format).launch(p, plan.row_tiles, grid, plan.shared_bytes, stream));
-    MLA_LAUNCH(launch<Merge>(p, Grid{rows, p.batch, 1}, 0, stream));
+    const Grid merging = {rows, p.batch, Merge::blocks(p.rank, p.splits)};
+    MLA_LAUNCH(launch<Merge>(p, merging, Merge::kSharedBytes, stream));
     return few ? launch_outputs<HeadMatmul<1>>(p, stream)
                : launch_outputs<HeadMatmul<2>>(p, stream);
 }

@@ -4,7 +4,7 @@
 //
 //   blocked   chunk c (four tokens) of line k lies at c ^ 2 (k / 2 % 2)
 //   rows      chunk c (eight halves) of token t lies at c ^ spread(t)
-//   columns   as in the page; each column holds `tokens` halves
+//   columns   in order; each column holds `tokens` halves and 16 bytes that nobody uses
 #pragma once
 
 #include "cuda/record.h"
@@ -21,27 +21,32 @@ MLA_DEVICE uint32_t blocked_chunk(uint32_t line, uint32_t chunk) {
 // 5, 7.
 MLA_DEVICE uint32_t spread(uint32_t token) { return ((token ^ token >> 2) & 3) << 1; }
 
-// Calls body(i) for this thread's share of 0 to count - 1. Small counts that are known when
-// compiling become straight code.
-template <int Threads, class Body>
-MLA_DEVICE void share_out(uint32_t count, uint32_t thread, const Body& body) {
+// Calls body(i) for this thread's share of 0 to count - 1, and `count` is at most `Most`: straight
+// code, as that is known when compiling.
+template <int Threads, int Most, class Body>
+MLA_DEVICE void share_out(int count, int thread, const Body& body) {
     MLA_UNROLL
-    for (uint32_t first = 0; first < count; first += Threads)
-        if (count - first >= Threads || first + thread < count) body(first + thread);
+    for (int first = 0; first < Most; first += Threads)
+        if (first + Threads <= count || first + thread < count)
+            body(static_cast<uint32_t>(first + thread));
 }
 
 // Where in the tile: bytes from the part's start there. Unsigned, because a signed division by a
 // power of two takes four instructions.
 template <int Tokens>
 struct TilePart {
-    // Word (four values) of `token` in line `line`, of `lines` a block of 16 tokens.
-    static MLA_DEVICE uint32_t blocked(uint32_t lines, uint32_t line, uint32_t token) {
-        const uint32_t slot = token % kBlockTokens;
-        return (token / kBlockTokens * lines + line) * kLineBytes +
+    static constexpr int kColumnBytes = Tokens * 2 + kChunk;
+
+    // Word (four values) of token `slot` of block `block`, in line `first` + `line`, of `lines` a
+    // block. `first` is a multiple of 4, which leaves the permutation to `line`: then compilers see
+    // that addresses differ by constants.
+    static MLA_DEVICE uint32_t blocked(uint32_t lines, uint32_t block, uint32_t first,
+                                       uint32_t line, uint32_t slot) {
+        return (block * lines + first + line) * kLineBytes +
                blocked_chunk(line, slot / 4) * kChunk + slot % 4 * 4;
     }
     static MLA_DEVICE uint32_t column(uint32_t column, uint32_t token) {
-        return (column * Tokens + token) * 2;
+        return column * kColumnBytes + token * 2;
     }
     // Halves from `value` (a multiple of 4) of `token`, of `width` halves a token.
     static MLA_DEVICE uint32_t row(uint32_t width, uint32_t token, uint32_t value) {
@@ -51,41 +56,46 @@ struct TilePart {
     }
 
     static MLA_CONSTEXPR int bytes(const Part& part) {
-        return part.element_bytes * part.width * Tokens;
+        return part.width *
+               (part.layout == Layout::kColumns ? kColumnBytes : part.element_bytes * Tokens);
     }
 
-    // Starts the copies of one thread. `page`: the part's page; `first`: the tile's first token
-    // there; `valid`: tokens of the tile that exist. What decides their value becomes zeros in the
-    // others, whatever the arena holds there: columns and rows; codes alone do nothing.
-    template <int Threads>
+    // Starts the copies of one thread. The part's width is at most MaxWidth. `page`: the part's
+    // page; `first`: the tile's first token there; `valid`: tokens of the tile that exist. What
+    // decides their value becomes zeros in the others, whatever the arena holds there: columns and
+    // rows; codes alone do nothing.
+    template <int Threads, int MaxWidth>
     static MLA_DEVICE void copy(const Part& part, const uint8_t* page, uint32_t first, int valid,
-                                uint32_t thread, uint8_t* tile) {
-        const uint32_t width = static_cast<uint32_t>(part.width);
+                                int thread, uint8_t* tile) {
+        const int width = part.width;
         if (part.layout == Layout::kBlocked) {
-            const uint32_t lines = width / 4;
-            const uint8_t* from = page + first / kBlockTokens * lines * kLineBytes;
-            share_out<Threads>(Tokens / 4 * lines, thread, [&](uint32_t i) {
-                const uint32_t line = i / 4;  // over all blocks: each has a multiple of 4
-                copy_async(tile + line * kLineBytes + blocked_chunk(line, i % 4) * kChunk,
-                           from + i * kChunk, kChunk);
-            });
+            // Threads are a multiple of 16, so that all chunks of a thread are permuted alike.
+            const uint32_t lines = width / 4, mine = thread * kChunk;
+            const uint8_t* from = page + first / kBlockTokens * lines * kLineBytes + mine;
+            uint8_t* to = tile + mine / kLineBytes * kLineBytes +
+                          blocked_chunk(thread / 4, thread % 4) * kChunk;
+            share_out<Threads, Tokens / 4 * (MaxWidth / 4)>(
+                Tokens / 4 * lines, thread, [&](uint32_t i) {
+                    copy_async(to + (i * kChunk - mine), from + (i * kChunk - mine), kChunk);
+                });
         } else if (part.layout == Layout::kColumns) {
             constexpr uint32_t kChunks = Tokens / 8;
-            share_out<Threads>(width * kChunks, thread, [&](uint32_t i) {
+            share_out<Threads, MaxWidth * kChunks>(width * kChunks, thread, [&](uint32_t i) {
                 const uint32_t token = i % kChunks * 8;
                 const int left = valid - static_cast<int>(token);
-                copy_async(tile + i * kChunk,
+                copy_async(tile + column(i / kChunks, token),
                            page + (i / kChunks * kPageTokens + first + token) * 2,
                            min_of(max_of(left, 0), 8) * 2);
             });
         } else {
             const uint32_t chunks = width / 8;
             const uint8_t* from = page + first * width * 2;
-            share_out<Threads>(Tokens * chunks, thread, [&](uint32_t i) {
+            MLA_NO_UNROLL  // there are many, and each address would take registers
+                for (uint32_t i = thread; i < Tokens * chunks; i += Threads) {
                 const uint32_t token = i / chunks;
                 copy_async(tile + row(width, token, i % chunks * 8), from + i * kChunk,
                            static_cast<int>(token) < valid ? kChunk : 0);
-            });
+            }
         }
     }
 };
