@@ -27,6 +27,9 @@ std::map<uint8_t*, size_t> regions;           // of memory, by where they begin
 std::vector<std::function<void()>> enqueued;  // and not done yet
 int64_t operations_left = -1;                 // before one fails; negative: none does
 int runs = 0;                                 // graphs that are running
+// What was bound when a session made a recording ("CUDA graph") of a step, by its id.
+std::map<const void*, std::map<std::string, const void*>> recordings;
+size_t recordings_made = 0;
 std::string error = "no call has failed";
 
 // While it lives, the memory can be touched. Holds the mutex.
@@ -84,6 +87,8 @@ extern "C" {
 MLA_API void double_fail_after(int64_t operations) { operations_left = operations; }
 
 MLA_API size_t double_regions() { return regions.size(); }
+
+MLA_API size_t double_recordings() { return recordings_made; }
 
 MLA_API const char* mla_cuda_last_error(void) { return error.c_str(); }
 
@@ -184,14 +189,43 @@ OrtStatus* ORT_API_CALL append_provider(OrtSessionOptions*,
     return nullptr;
 }
 
+thread_local std::string recording;  // of the run that this thread prepares
+
+OrtStatus* ORT_API_CALL add_run_entry(OrtRunOptions* options, const char* key,
+                                      const char* value) noexcept {
+    if (std::strcmp(key, "gpu_graph_id") == 0) recording = value;
+    return real->AddRunConfigEntry(options, key, value);
+}
+
+void ORT_API_CALL release_session(OrtSession* session) noexcept {
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        recordings.erase(session);
+    }
+    real->ReleaseSession(session);
+}
+
+// A recording is repeated as it was made: what is bound has to be what was bound then. It is run
+// three times when it is made, as onnxruntime does, to warm up and to record.
 OrtStatus* ORT_API_CALL run_with_binding(OrtSession* session, const OrtRunOptions* options,
                                          const OrtIoBinding* binding) noexcept {
+    int times = 1;
     {
         const Touch touch;
         if (!enqueued.empty()) return real->CreateStatus(ORT_FAIL, "the cache is not ready");
+        if (recording != "-1") {
+            const auto [found, is_new] = recordings[session].emplace(recording, binding);
+            if (found->second != binding) return real->CreateStatus(ORT_FAIL, "bound otherwise");
+            if (is_new) {
+                ++recordings_made;
+                times = 3;
+            }
+        }
         ++runs;
     }
-    OrtStatus* status = real->RunWithBinding(session, options, binding);
+    OrtStatus* status = nullptr;
+    for (int i = 0; i < times && status == nullptr; ++i)
+        status = real->RunWithBinding(session, options, binding);
     const Touch touch;
     --runs;
     return status;
@@ -219,7 +253,9 @@ const OrtApi* ORT_API_CALL get_api(uint32_t version) noexcept {
         copy.UpdateCUDAProviderOptions = update_options;
         copy.ReleaseCUDAProviderOptions = release_options;
         copy.SessionOptionsAppendExecutionProvider_CUDA_V2 = append_provider;
+        copy.AddRunConfigEntry = add_run_entry;
         copy.RunWithBinding = run_with_binding;
+        copy.ReleaseSession = release_session;
         return copy;
     }();
     return &api;

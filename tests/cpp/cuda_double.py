@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from cpp.core_abi import BUILD, ROOT, Api, EngineHandle, onnxruntime_library, run
 
+from mla_deploy.runtime import ops_library
+
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
@@ -42,6 +44,12 @@ def fail_after(operations: int) -> None:
     ctypes.CDLL(str(double_library())).double_fail_after(ctypes.c_int64(operations))
 
 
+def recordings() -> int:
+    """How many recordings of a step engines have made in this process."""
+    count: int = ctypes.CDLL(str(double_library())).double_recordings()
+    return count
+
+
 def for_cuda(bundle: Path) -> Path:
     """The bundle as if it had been exported for a GPU, in a folder beside it."""
     twin = bundle.with_name(bundle.name + "-cuda")
@@ -58,4 +66,5 @@ class CudaApi(Api):
     def engine(self, bundle: Path | str, **options: Any) -> EngineHandle:
         library = double_library()
         given = {"onnxruntime_library": library, "cuda_library": library, "device": "cuda"}
+        given["ops_library"] = ops_library()  # with which steps of one token are recorded
         return super().engine(for_cuda(Path(bundle)), **(given | options))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from cpp.core_abi import EngineOptions, error_of, load_api, onnxruntime_library, status_of
-from cpp.cuda_double import CudaApi, double_library, fail_after, for_cuda
+from cpp.cuda_double import CudaApi, double_library, fail_after, for_cuda, recordings
 from support.graph_runner import GraphRunner
 
 from mla_deploy.bundle import Bundle
@@ -196,6 +196,26 @@ def test_where_the_device_fails_nothing_has_changed(
     for one in (fork, session):
         one.destroy()
     assert engine.info.free_tokens == 64 * 5
+
+
+# ---- recorded steps
+
+
+def test_steps_of_one_token_are_recorded_once_a_shape(api: CudaApi, toy: Any) -> None:
+    """Tables grow in powers of two; prompts, and steps of several tokens, are not recorded."""
+    engine = api.engine(toy.path, max_tokens=64 * 8)
+    ids = random_ids(64 * 3 + 10)
+    before = recordings()
+    session = engine.session()
+    session.prefill(ids[:60])
+    assert recordings() == before
+    for at in range(60, len(ids)):
+        np.testing.assert_array_equal(session.decode(ids[at]), toy.logits(ids[: at + 1]))
+    assert recordings() == before + 3  # of 1, 2 and 4 pages
+    other = engine.session()
+    other.prefill(ids[:60])
+    np.testing.assert_array_equal(other.decode(3), toy.logits([*ids[:60], 3]))
+    assert recordings() == before + 3
 
 
 def test_an_exported_bundle_runs_on_it(api: CudaApi, tiny_mla: Path, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ class PageArena {
     PageArena& operator=(const PageArena&) = delete;
 
     const std::vector<Array>& arrays() const { return arrays_; }
+    CacheMemory& memory() const { return *memory_; }
     int64_t pages() const { return static_cast<int64_t>(users_.size()); }  // with the scratch page
     uint64_t capacity_tokens() const { return (users_.size() - 1) * kPageTokens; }
     size_t page_bytes() const { return page_bytes_; }  // in all arrays

@@ -5,12 +5,11 @@ namespace mla::core {
 namespace {
 
 // Products in TF32 have ten bits: routers choose other experts then.
-constexpr const char* kKeys[] = {"device_id", "use_tf32"};
-constexpr const char* kValues[] = {"0", "0"};
+constexpr const char* kKeys[] = {"device_id", "use_tf32", "enable_cuda_graph"};
 
 }  // namespace
 
-void append_cuda_provider(const OrtHost& host, OrtSessionOptions& options) {
+void append_cuda_provider(const OrtHost& host, OrtSessionOptions& options, bool records) {
     const OrtApi& api = *host.api;
     const auto must = [&](OrtStatus* status) {
         try {
@@ -28,7 +27,9 @@ void append_cuda_provider(const OrtHost& host, OrtSessionOptions& options) {
     OrtCUDAProviderOptionsV2* raw = nullptr;
     must(api.CreateCUDAProviderOptions(&raw));
     const OrtOwned<OrtCUDAProviderOptionsV2> owned(raw, api.ReleaseCUDAProviderOptions);
-    must(api.UpdateCUDAProviderOptions(raw, kKeys, kValues, std::size(kKeys)));
+    const char* const values[] = {"0", "0", records ? "1" : "0"};
+    static_assert(std::size(kKeys) == std::size(values));
+    must(api.UpdateCUDAProviderOptions(raw, kKeys, values, std::size(kKeys)));
     must(api.SessionOptionsAppendExecutionProvider_CUDA_V2(&options, raw));
 }
 

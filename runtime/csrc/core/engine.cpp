@@ -198,6 +198,7 @@ void Engine::fill(const std::vector<Feed>& active, size_t done, size_t size) {
         in.pages = std::max(in.pages, pages);
         in.logits = std::max(in.logits, static_cast<int64_t>(wanted.back().size()));
     }
+    in.pages = graph_.pages_for(in.steps, in.logits, in.pages);
     in.input_ids.assign(static_cast<size_t>(in.batch * in.steps), 0);
     in.block_table.assign(static_cast<size_t>(in.batch * in.pages), kScratchPage);
     in.logit_index.assign(static_cast<size_t>(in.batch * in.logits), 0);
