@@ -250,7 +250,7 @@ def test_shared_memory_is_read_without_bank_conflicts(
     dims = Dims(heads=heads, nope=8, rank=rank, v=8)
     emulation_wavefronts(forget=True)
     run_case(machine, AttentionCase([200], [1], dims=dims, cache_format=cache_format))
-    _, queries, attend, _, outputs = emulation_wavefronts()
+    queries, attend, _, outputs = emulation_wavefronts()
     print(queries, attend, outputs)
     assert queries[0] == queries[1] > 0
     assert outputs[0] == outputs[1] > 0

@@ -1,4 +1,4 @@
-// Append: normalises, rotates and encodes new tokens, a warp each.
+// Append: normalises, rotates and encodes new tokens, a warp for each two groups of a token.
 //
 // The algorithm is that of quant/latent_cache.py. Sums run in the order of cpu/portable.cpp: lanes
 // i, i + 16, i + 32, ... one after the other, then by halves; nothing is contracted. So the GPU
@@ -86,10 +86,6 @@ MLA_DEVICE Affine solve_affine(const float (&x)[kGroupValues], float (&codes)[kG
 
 template <CacheFormat format>
 struct Append {
-    static constexpr int kWarps = 4;
-    static constexpr int kThreads = kWarps * kWarpLanes;
-    static constexpr int kMinBlocks = 1;
-
     // A page's part, where the token goes.
     struct Place {
         Part part;
@@ -138,16 +134,27 @@ struct Append {
         }
     }
 
-    // Grid: x of kWarps tokens each, of B * S.
-    static MLA_DEVICE void run(const Params& p, const Thread& thread) {
-        const int64_t token = static_cast<int64_t>(thread.block_x) * kWarps + thread.warp();
-        if (token >= static_cast<int64_t>(p.batch) * p.steps) return;
-        const int b = static_cast<int>(token / p.steps), s = static_cast<int>(token % p.steps);
+    static MLA_CONSTEXPR int latent_warps(const Params& p) { return p.rank / kGroup / 2; }
+    static MLA_CONSTEXPR int rope_warps(const Params& p) { return (p.rope / kRopeGroup + 1) / 2; }
+
+    // Warps that the new tokens of a round take.
+    static MLA_CONSTEXPR int64_t warps(const Params& p) {
+        return int64_t{p.batch} * p.round_steps * (latent_warps(p) + rope_warps(p));
+    }
+
+    // What warp `warp` of them does.
+    static MLA_DEVICE void run(const Params& p, int64_t warp, int warp_lane) {
+        if (warp >= warps(p)) return;
+        const int share = static_cast<int>(warp % (latent_warps(p) + rope_warps(p)));
+        const int64_t of_round = warp / (latent_warps(p) + rope_warps(p));
+        const int b = static_cast<int>(of_round / p.round_steps);
+        const int s = p.first_step + static_cast<int>(of_round % p.round_steps);
+        const int64_t token = static_cast<int64_t>(b) * p.steps + s;
         const Sequence sequence = view_sequence(p, b);
         if (s >= sequence.fresh) return;
         const int position = sequence.past + s, slot = position % kPageTokens;
         const int64_t page = page_of(p, sequence, position / kPageTokens);
-        const int lane = thread.lane() % kHalfWarp, half = thread.lane() / kHalfWarp;
+        const int lane = warp_lane % kHalfWarp, half = warp_lane / kHalfWarp;
         const int64_t first = token * p.kv.stride;
 
         const int rope_part = format == CacheFormat::kInt4   ? 3
@@ -164,23 +171,13 @@ struct Append {
                                              format == CacheFormat::kInt4 ? p.rank / 2 : p.rank);
         const Place scales = place(1, Layout::kColumns, 2, groups);
 
-        float norm = 1;
-        if (p.norm_epsilon >= 0) {
-            float squares = 0;
-            for (int i = lane; i < p.rank; i += kHalfWarp) {
-                const float x = load_real(p.kv, first + i);
-                squares = add_exact(squares, mul_exact(x, x));
-            }
-            const float mean = div_exact(half_warp_sum(squares), static_cast<float>(p.rank));
-            norm = div_exact(1.0f, sqrt_exact(add_exact(mean, p.norm_epsilon)));
-        }
-        // The two halves of the warp take groups in turn; there is an even number of them.
-        for (int group = half; group < groups; group += 2) {
+        if (share < latent_warps(p)) {  // the halves of the warp have a group each
+            const float norm = norm_of(p, first, lane);
+            const int group = 2 * share + half;
             float x[kGroupValues];
+            load_reals(p.kv, first + kGroup * group + lane, kHalfWarp, x);
             MLA_UNROLL
-            for (int j = 0; j < kGroupValues; ++j)
-                x[j] =
-                    mul_exact(load_real(p.kv, first + kGroup * group + kHalfWarp * j + lane), norm);
+            for (int j = 0; j < kGroupValues; ++j) x[j] = mul_exact(x[j], norm);
             if (format == CacheFormat::kInt4) {
                 store_int4(x, lane, group, codes, scales, place(2, Layout::kColumns, 2, groups));
             } else if (format == CacheFormat::kInt8) {
@@ -190,25 +187,39 @@ struct Append {
                 for (int j = 0; j < kGroupValues; ++j)
                     store_half(codes, kGroup * group + kHalfWarp * j + lane, half_bits(x[j]));
             }
+            return;
         }
         // Groups of 16 rope channels; there may be an odd number, so both halves take the last.
         const int rope_groups = p.rope / kRopeGroup;
-        for (int pair = 0; pair < rope_groups; pair += 2) {
-            const int group = min_of(pair + half, rope_groups - 1);
-            const int channel = kRopeGroup * group + lane;
-            const int64_t even = first + p.rank + channel / 2 * 2;
-            const int64_t angle = token * (p.rope / 2) + channel / 2;
-            const Floats2 rotated = rotate_pair(load_real(p.kv, even), load_real(p.kv, even + 1),
-                                                p.cos[angle], p.sin[angle]);
-            const float x[1] = {channel % 2 ? rotated.y : rotated.x};
-            if (is_float) {
-                store_half(place(1, Layout::kRows, 2, p.rope), channel, half_bits(x[0]));
-            } else {
-                store_symmetric(x, kRopeGroup * group, lane, group,
-                                place(rope_part, Layout::kBlocked, 1, p.rope),
-                                place(rope_part + 1, Layout::kColumns, 2, rope_groups));
-            }
+        const int group = min_of(2 * (share - latent_warps(p)) + half, rope_groups - 1);
+        const int channel = kRopeGroup * group + lane;
+        const int64_t even = first + p.rank + channel / 2 * 2;
+        const int64_t angle = token * (p.rope / 2) + channel / 2;
+        const Floats2 rotated = rotate_pair(load_real(p.kv, even), load_real(p.kv, even + 1),
+                                            p.cos[angle], p.sin[angle]);
+        const float x[1] = {channel % 2 ? rotated.y : rotated.x};
+        if (is_float) {
+            store_half(place(1, Layout::kRows, 2, p.rope), channel, half_bits(x[0]));
+        } else {
+            store_symmetric(x, kRopeGroup * group, lane, group,
+                            place(rope_part, Layout::kBlocked, 1, p.rope),
+                            place(rope_part + 1, Layout::kColumns, 2, rope_groups));
         }
+    }
+
+    // 1 over the root mean square of a token's latent, in which every half-warp takes all of it.
+    static MLA_DEVICE float norm_of(const Params& p, int64_t first, int lane) {
+        if (p.norm_epsilon < 0) return 1;
+        constexpr int kAtOnce = 16;  // the rank is a multiple of 16 of them
+        float squares = 0;
+        for (int i = 0; i < p.rank; i += kAtOnce * kHalfWarp) {
+            float x[kAtOnce];
+            load_reals(p.kv, first + i + lane, kHalfWarp, x);
+            MLA_UNROLL
+            for (int j = 0; j < kAtOnce; ++j) squares = add_exact(squares, mul_exact(x[j], x[j]));
+        }
+        const float mean = div_exact(half_warp_sum(squares), static_cast<float>(p.rank));
+        return div_exact(1.0f, sqrt_exact(add_exact(mean, p.norm_epsilon)));
     }
 };
 

@@ -24,7 +24,7 @@
 
 #include <type_traits>
 
-#include "cuda/formats.h"
+#include "cuda/fragments.h"
 #include "cuda/sequence.h"
 
 namespace mla::cuda {
@@ -48,6 +48,8 @@ struct Attend {
     static constexpr int kQuarterGroups = kGroups / kQuarters;
     static constexpr int kPasses = kRows * kRowThreads / kThreads;  // of the softmax
     static constexpr int kThreadTokens = kTile / kRowThreads;
+    // Of the loops over a tile; more would take registers that there are not.
+    static constexpr int kUnroll = 2;
 
     static_assert(kGroups <= 8 && kScoreTiles % kQuarters == 0 || !Format::kFolded,
                   "sums of all groups are one operand, and the quarters take turns");
@@ -91,32 +93,10 @@ struct Attend {
     // ---- rows -------------------------------------------------------------------------------
 
     struct Rows {
-        const float* first;  // of the sequence's rows of this round
-        int begin, count;    // this block's, among them
-        int stride;          // floats
-
-        MLA_DEVICE const float* at(int row) const {
-            return first + static_cast<int64_t>(begin + row) * stride;
-        }
+        int begin, count;  // this block's, in the sequence
+        int first;         // the first one, in all sequences
+        int tile;          // its row tile, in the sequence
     };
-
-    // Beyond half's range a query saturates: its scores are then so far apart that only the order
-    // counts.
-    static MLA_DEVICE float in_range(float x) { return max_of(min_of(x, 65504.0f), -65504.0f); }
-
-    // Four neighbouring channels of rows `row` and `row + 8`, times `factor`, as an operand.
-    template <bool Alternate>
-    static MLA_DEVICE void pack_query(const Rows& rows, int row, int channel, float factor,
-                                      uint32_t (&a)[4]) {
-        MLA_UNROLL
-        for (int i = 0; i < 2; ++i) {
-            Floats4 x = {0, 0, 0, 0};
-            if (row + 8 * i < rows.count) x = load<Floats4>(rows.at(row + 8 * i) + channel);
-            const float second = Alternate ? x.z : x.y, third = Alternate ? x.y : x.z;
-            a[i] = pack_half2(in_range(x.x) * factor, in_range(second) * factor);
-            a[2 + i] = pack_half2(in_range(third) * factor, in_range(x.w) * factor);
-        }
-    }
 
     // Sums of a row's query over each group of channels, until there are probabilities.
     static MLA_DEVICE float* query_sums(const Thread& thread, int row) {
@@ -155,6 +135,25 @@ struct Attend {
         }
         const int group = thread.lane() / 4, quad = thread.lane() % 4;
         const int quarter = thread.warp() % kQuarters;
+        const auto read = [&](int r, int step, uint32_t (&a)[4]) {
+            const Words4 words = load<Words4>(
+                query_fragment(p, thread.block_z, rows.tile + r, step) + thread.lane() * 4);
+            a[0] = words.x;
+            a[1] = words.y;
+            a[2] = words.z;
+            a[3] = words.w;
+        };
+        MLA_UNROLL
+        for (int r = 0; r < RowTiles; ++r) {
+            MLA_UNROLL
+            for (int g = 0; g < kQuarterGroups; ++g) {
+                MLA_UNROLL
+                for (int step = 0; step < kGroupSteps; ++step)
+                    read(r, (quarter * kQuarterGroups + g) * kGroupSteps + step,
+                         state.q[g][step][r]);
+            }
+            if (quarter < p.rope / kRopeGroup) read(r, Rank / 16 + quarter, state.q_pe[r]);
+        }
         MLA_UNROLL
         for (int r = 0; r < RowTiles; ++r) {
             MLA_UNROLL
@@ -162,12 +161,8 @@ struct Attend {
                 float above = 0, below = 0;
                 MLA_UNROLL
                 for (int step = 0; step < kGroupSteps; ++step) {
-                    uint32_t (&a)[4] = state.q[g][step][r];
+                    const uint32_t (&a)[4] = state.q[g][step][r];
                     const float factor = Format::key_factor(step);
-                    pack_query<Format::kAlternate>(
-                        rows, 16 * r + group,
-                        (quarter * kQuarterGroups + g) * kGroup + Format::key_channels(step, quad),
-                        factor, a);
                     // Of queries as rounded, so that codes and zeros still cancel.
                     above += (half2_sum(a[0]) + half2_sum(a[2])) / factor;
                     below += (half2_sum(a[1]) + half2_sum(a[3])) / factor;
@@ -185,11 +180,6 @@ struct Attend {
                     }
                 }
             }
-            if (quarter < p.rope / kRopeGroup) {
-                pack_query<QuadChannels::kAlternate>(
-                    rows, 16 * r + group, Rank + QuadChannels::key_channels(quarter, quad), 1,
-                    state.q_pe[r]);
-            }
             MLA_UNROLL
             for (int j = 0; j < kGroupTiles; ++j) {
                 MLA_UNROLL
@@ -202,18 +192,22 @@ struct Attend {
 
     // ---- a tile -----------------------------------------------------------------------------
 
+    // Columns are few: other threads copy those of each part.
     template <int I>
-    static MLA_DEVICE void start_copy(const Params& p, int64_t page, int first, int valid,
+    static MLA_DEVICE void start_copy(const Params& p, int page, int first, int valid,
                                       uint8_t* tile, int thread) {
         if constexpr (I < Format::kParts) {
             const Part part = Format::part(I, Rank, p.rope);
             TilePart<kTile>::template copy<kThreads, Format::part(I, Rank, kMaxRope).width>(
-                part, p.parts[I] + page * part.page_bytes(), first, valid, thread, tile);
+                part, p.parts[I] + int64_t{page} * part.page_bytes(), first, valid,
+                part.layout == Layout::kColumns ? (thread + kThreads - 64 * I % kThreads) % kThreads
+                                                : thread,
+                tile);
             start_copy<I + 1>(p, page, first, valid, tile + TilePart<kTile>::bytes(part), thread);
         }
     }
 
-    static MLA_DEVICE void start_copies(const Params& p, int64_t page, int first, int valid,
+    static MLA_DEVICE void start_copies(const Params& p, int page, int first, int valid,
                                         uint8_t* tile, int thread) {
         start_copy<0>(p, page, first, valid, tile, thread);
     }
@@ -232,10 +226,10 @@ struct Attend {
         float* out = reinterpret_cast<float*>(thread.shared);
         const int group = thread.lane() / 4, quad = thread.lane() % 4;
         const int quarter = thread.warp() % kQuarters, run = thread.warp() / kQuarters;
-        MLA_UNROLL_BY(2)
+        MLA_UNROLL_BY(kUnroll)
         for (int i = 0; i < kScoreTiles / 2; ++i) {
             const int block = run * (kScoreTiles / 2) + i;
-            MLA_UNROLL_BY(2)
+            MLA_UNROLL_BY(kUnroll)
             for (int odd = 0; odd < 2; ++odd) {
                 const int slot = 8 * odd + group, first = kBlockTokens * block + 8 * odd;
                 float sums[RowTiles][4] = {}, folded[RowTiles][4] = {};
@@ -323,11 +317,14 @@ struct Attend {
             MLA_UNROLL
             for (int i = 0; i < kThreadTokens; ++i)
                 if (i < seen) top = max_of(top, s[i]);
-            MLA_UNROLL
-            for (int mask = kRowThreads / 2; mask; mask /= 2)
-                top = max_of(top, shuffle_xor(top, mask));
-            const float max = top > state.max[pass] + kSlack ? top : state.max[pass];
-            const float alpha = exp2_fast(state.max[pass] - max);
+            float max = state.max[pass], alpha = 1;
+            if (any(top > max + kSlack)) {
+                MLA_UNROLL
+                for (int mask = kRowThreads / 2; mask; mask /= 2)
+                    top = max_of(top, shuffle_xor(top, mask));
+                if (top > max + kSlack) max = top;
+                alpha = exp2_fast(state.max[pass] - max);
+            }
             float sum = state.sum[pass] * alpha;
             // The sum takes the probabilities as rounded, so that weights add up to one.
             const auto probability = [&](int i) { return i < seen ? exp2_fast(s[i] - max) : 0; };
@@ -365,7 +362,7 @@ struct Attend {
             state.o_zero[r][0] *= alpha;
             state.o_zero[r][2] *= below;
         }
-        MLA_UNROLL_BY(2)
+        MLA_UNROLL_BY(kUnroll)
         for (int step = 0; step < kTile / 16; ++step) {
             uint32_t b[kGroupTiles][2];
             Format::template values<Rank>(at, thread.warp(), step, group, quad, b);
@@ -398,8 +395,9 @@ struct Attend {
             return state.o[r][tile][i];
     }
 
-    static MLA_DEVICE void finish(const Params& p, int64_t first_row, const Rows& rows, int split,
-                                  const Thread& thread, State& state) {
+    static MLA_DEVICE void finish(const Params& p, const Rows& rows, const Thread& thread,
+                                  State& state) {
+        const int split = thread.block_x;
         MLA_UNROLL
         for (int pass = 0; pass < kPasses; ++pass) {
             float sum = state.sum[pass];
@@ -407,29 +405,20 @@ struct Attend {
             for (int mask = kRowThreads / 2; mask; mask /= 2) sum += shuffle_xor(sum, mask);
             const int row = pass * (kThreads / kRowThreads) + thread.index / kRowThreads;
             if (row < rows.count && thread.index % kRowThreads == 0)
-                store<Floats2>(p.partial + ((first_row + row) * p.splits + split) * 2,
+                store<Floats2>(p.partial + (int64_t{rows.first + row} * p.splits + split) * 2,
                                {state.max[pass], sum});
         }
-        const int group = thread.lane() / 4, quad = thread.lane() % 4;
         MLA_UNROLL
         for (int r = 0; r < RowTiles; ++r) {
+            if (kRowTile * r >= rows.count) break;
+            float* o = partial_sums(p, thread.block_z, rows.tile + r, split) +
+                       (thread.warp() * kPieces * kWarpLanes + thread.lane()) * 4;
             MLA_UNROLL
-            for (int below = 0; below < 2; ++below) {
-                const int row = 16 * r + 8 * below + group;
-                if (row >= rows.count) continue;
-                float* o = p.partial_o + ((first_row + row) * p.splits + split) * Rank +
-                           thread.warp() * kGroup;
-                MLA_UNROLL
-                for (int odd = 0; odd < 2; ++odd) {
-                    MLA_UNROLL
-                    for (int j = 0; j < kGroupTiles; j += 4) {
-                        const int i = 2 * below + odd;
-                        store<Floats4>(
-                            o + Format::value_channel(j, 2 * quad + odd),
-                            {value_of(state, r, j, i), value_of(state, r, j + 1, i),
-                             value_of(state, r, j + 2, i), value_of(state, r, j + 3, i)});
-                    }
-                }
+            for (int piece = 0; piece < kPieces; ++piece) {
+                const int j = piece % 2 * 4, i = piece / 2;
+                store<Floats4>(o + piece * kWarpLanes * 4,
+                               {value_of(state, r, j, i), value_of(state, r, j + 1, i),
+                                value_of(state, r, j + 2, i), value_of(state, r, j + 3, i)});
             }
         }
     }
@@ -442,12 +431,11 @@ struct Attend {
         const int real_rows =
             min_of(max_of(sequence.fresh - p.first_step, 0), p.round_steps) * p.heads;
         Rows rows;
-        rows.stride = Rank + p.rope;
-        rows.first = p.rows + static_cast<int64_t>(b) * sequence_rows * rows.stride;
         rows.begin = thread.block_y * kRows;
         rows.count = min_of(real_rows - rows.begin, kRows);
         if (rows.count <= 0) return;
-        const int64_t first_row = static_cast<int64_t>(b) * sequence_rows + rows.begin;
+        rows.first = b * sequence_rows + rows.begin;
+        rows.tile = thread.block_y * RowTiles;
 
         // Tokens that the last row sees, hence all that this block reads.
         const int last_step = p.first_step + (rows.begin + rows.count - 1) / p.heads;
@@ -457,7 +445,7 @@ struct Attend {
         const int end = static_cast<int>(static_cast<int64_t>(tiles) * (split + 1) / p.splits);
         if (begin == end) {
             for (int row = thread.index; row < rows.count; row += kThreads)
-                store<Floats2>(p.partial + ((first_row + row) * p.splits + split) * 2,
+                store<Floats2>(p.partial + (int64_t{rows.first + row} * p.splits + split) * 2,
                                {kNothingSeen, 0});
             return;
         }
@@ -465,27 +453,25 @@ struct Attend {
         constexpr int kPageTiles = kPageTokens / kTile;
         uint8_t* stages = thread.shared + kFixedBytes;
         const int stage_bytes = tile_bytes(p.rope);
-        int next = begin, next_stage = 0;
-        // The page of tile `next`, looked up a tile ahead so that nobody waits for it.
-        int64_t page = page_of(p, sequence, next / kPageTiles);
-        const auto copy_next = [&] {
-            if (next < end) {
-                start_copies(p, page, next % kPageTiles * kTile, length - next * kTile,
-                             stages + next_stage * stage_bytes, thread.index);
-                ++next;
-                next_stage = next_stage + 1 == p.stages ? 0 : next_stage + 1;
-                if (next < end) page = page_of(p, sequence, next / kPageTiles);
+        // The table's entry for the tile to copy next, read a tile ahead so that nobody waits for
+        // it.
+        int64_t entry = sequence.table[begin / kPageTiles];
+        const auto copy = [&](int tile, int stage) {
+            if (tile < end) {
+                const int page = static_cast<int>(checked_page(p, entry));
+                if (tile + 1 < end) entry = sequence.table[(tile + 1) / kPageTiles];
+                start_copies(p, page, tile % kPageTiles * kTile, length - tile * kTile,
+                             stages + stage * stage_bytes, thread.index);
             }
             commit_copies();  // an empty group at the end, so that counting stays simple
         };
-        for (int i = 0; i < p.stages; ++i) copy_next();
+        for (int i = 0; i < p.stages; ++i) copy(begin + i, i);
 
         State state;
         start_rows(p, sequence, rows, thread, state);
         const uint8_t* at[kMaxParts];
-        int stage = 0;
-        // Values of `tile`, scores and probabilities of the next one.
-        for (int tile = begin - 1;; ++tile) {
+        // Values of `tile`, scores and probabilities of the next one, which is in stage `stage`.
+        for (int tile = begin - 1, stage = 0;; ++tile, ++stage) {
             wait_copies(tile < begin ? p.stages - 1 : p.stages - 2);
             barrier();  // the next tile is there, and so are this one's probabilities
             if (tile < begin) {
@@ -494,14 +480,14 @@ struct Attend {
                 values(at, thread, state);
                 if (tile + 1 == end) break;
             }
+            if (stage == p.stages) stage = 0;
             find_parts(stages + stage * stage_bytes, p.rope, at);
-            stage = stage + 1 == p.stages ? 0 : stage + 1;
             scores(p, at, thread, state);
             barrier();  // all scores are there, and this tile is done with
-            if (tile >= begin) copy_next();
+            if (tile >= begin) copy(tile + p.stages, stage == 0 ? p.stages - 1 : stage - 1);
             softmax((tile + 1) * kTile, thread, state);
         }
-        finish(p, first_row, rows, split, thread, state);
+        finish(p, rows, thread, state);
     }
 };
 

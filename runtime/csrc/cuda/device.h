@@ -82,6 +82,18 @@ MLA_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// Whether it is true for any lane of the warp.
+MLA_DEVICE bool any(bool is_true) { return __any_sync(0xffffffffu, is_true); }
+
+// Waits until the kernels before this one have finished, and lets the next one be launched, which
+// waits in turn. Nothing, where it was launched after their end (Params::overlaps).
+MLA_DEVICE void begin_overlapped() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // d += a b on the tensor cores: a [16, 16] and b [16, 8] in half, d [16, 8] in float. With
 // group = lane / 4 and quad = lane % 4, a lane holds
 //   a[0] row group,     columns 2 quad, 2 quad + 1      a[2] the same row, columns + 8
@@ -163,6 +175,7 @@ MLA_DEVICE float round_to_even(float x) { return rintf(x); }
 
 // The same on the host; see above for what each does.
 inline void barrier() { emulation::barrier(); }
+inline bool any(bool is_true) { return emulation::any(is_true); }
 inline float shuffle_xor(float value, int mask) {
     return emulation::bits_float(emulation::shuffle_xor(emulation::float_bits(value), mask));
 }

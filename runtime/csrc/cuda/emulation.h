@@ -39,6 +39,11 @@ void run_grid(int x, int y, int z, int threads, size_t shared_bytes, Body body,
 
 void barrier();
 uint32_t shuffle_xor(uint32_t value, int mask);
+inline bool any(bool is_true) {
+    uint32_t found = is_true;
+    for (int mask = 1; mask < 32; mask *= 2) found |= shuffle_xor(found, mask);
+    return found;
+}
 void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void copy_async(void* shared, const void* global, int bytes);
 void commit_copies();

@@ -1,14 +1,14 @@
 // The two projections that surround attention, a matrix product for each head:
 //
-//     queries   rows [.., 0 : D] = q_nope w_uk_h     rows [.., D : D + R] = rotated q_pe
-//     outputs   output_h         = latents w_uv_h    latents: what merge.h left in rows
+//     queries   [q_nope w_uk_h, rotated q_pe], as fragments.h has them
+//     outputs   output_h = latents w_uv_h
 //
 // For a few tokens they only read weights, for a prompt they are ordinary products; tensor cores
 // serve both. Weights are read straight into fragments: lane (group, quad) takes 8 neighbouring
 // columns of the rows that it needs, so that column n of tile j is column 8 n + j of 64.
 #pragma once
 
-#include "cuda/formats.h"
+#include "cuda/fragments.h"
 #include "cuda/sequence.h"
 
 namespace mla::cuda {
@@ -33,7 +33,8 @@ struct HeadMatmul {
         return load<Words4>(w + static_cast<int64_t>(k) * width + column);
     }
 
-    // out(token, column, value) for the block's tokens and columns; in(token, k).
+    // Calls out(token, i, sum) for i from 0 to 15, each token's share of a thread, in which
+    // sum(column) gives the block's columns `column` to `column` + 3; in(token, k).
     template <class In, class Out>
     static MLA_DEVICE void multiply(const uint16_t* w, int inner, int width, int first_column,
                                     int tokens, const Thread& thread, const In& in,
@@ -81,14 +82,22 @@ struct HeadMatmul {
             }
         }
         barrier();
-        for (int i = thread.index; i < kTokens * kColumns; i += kThreads) {
-            const int token = i / kColumns, column = i % kColumns;
-            if (token >= tokens || first_column + column >= width) continue;
-            float sum = 0;
-            MLA_UNROLL
-            for (int warp = 0; warp < kWarps; ++warp)
-                sum += partial[(warp * kTokens + token) * kStride + padded(column)];
-            out(token, first_column + column, sum);
+        for (int i = thread.index; i < kTokens * kColumns / 4; i += kThreads) {
+            const int token = i / (kColumns / 4);
+            if (token >= tokens) break;
+            out(token, i % (kColumns / 4), [&](int column) {
+                Floats4 sum = {0, 0, 0, 0};
+                MLA_UNROLL
+                for (int warp = 0; warp < kWarps; ++warp) {
+                    const Floats4 x = load<Floats4>(partial + (warp * kTokens + token) * kStride +
+                                                    padded(column));
+                    sum.x += x.x;
+                    sum.y += x.y;
+                    sum.z += x.z;
+                    sum.w += x.w;
+                }
+                return sum;
+            });
         }
     }
 
@@ -97,9 +106,9 @@ struct HeadMatmul {
         int64_t first;
         int count;
 
-        MLA_DEVICE Tokens(const Params& p, const Thread& thread) {
+        MLA_DEVICE Tokens(const Params& p, int64_t tile) {
             const int64_t all = static_cast<int64_t>(p.batch) * p.round_steps;
-            first = static_cast<int64_t>(thread.block_z) * kTokens;
+            first = tile * kTokens;
             count = static_cast<int>(all - first < kTokens ? all - first : kTokens);
         }
         // Of the call's tokens [B, S].
@@ -109,39 +118,68 @@ struct HeadMatmul {
         }
     };
 
-    static MLA_DEVICE float* row(const Params& p, const Tokens& tokens, int token, int head) {
-        return p.rows + ((tokens.first + token) * p.heads + head) * (p.rank + p.rope);
-    }
-
     struct Queries {
-        static constexpr int kThreads = HeadMatmul::kThreads;
-        static constexpr int kMinBlocks = HeadMatmul::kMinBlocks;
+        // Blocks: D / 64 column tiles and one for the rotation, of H heads, of token tiles.
+        static MLA_CONSTEXPR int64_t blocks(const Params& p) {
+            const int64_t tokens = int64_t{p.batch} * p.round_steps;
+            return (p.rank / kColumns + 1) * p.heads * ((tokens + kTokens - 1) / kTokens);
+        }
 
-        // Grid: x = D / 64 column tiles and one for the rotation, y heads, z token tiles.
-        static MLA_DEVICE void run(const Params& p, const Thread& thread) {
-            const Tokens tokens(p, thread);
-            const int head = thread.block_y;
+        // Lets put(fragment, row of the fragment) write step `step` of a token's row.
+        template <class Put>
+        static MLA_DEVICE void at_row(const Params& p, int64_t token, int head, int step,
+                                      const Put& put) {
+            const int b = static_cast<int>(token / p.round_steps);
+            const int row = static_cast<int>(token % p.round_steps) * p.heads + head;
+            put(query_fragment(p, b, row / kRowTile, step), row % kRowTile);
+        }
+
+        static MLA_DEVICE void run(const Params& p, int64_t block, const Thread& thread) {
+            const int column_tiles = p.rank / kColumns + 1;
+            const int column_tile = static_cast<int>(block % column_tiles);
+            const int head = static_cast<int>(block / column_tiles % p.heads);
+            const Tokens tokens(p, block / column_tiles / p.heads);
             const auto at = [&](int token, int channel) {
                 return load_real(p.q, tokens.of_call(p, token) * p.q.stride +
                                           static_cast<int64_t>(head) * (p.nope + p.rope) + channel);
             };
-            if (thread.block_x == p.rank / kColumns) {
-                const int pairs = p.rope / 2;
-                for (int i = thread.index; i < tokens.count * pairs; i += kThreads) {
-                    const int token = i / pairs, pair = i % pairs;
-                    const int64_t angle = tokens.of_call(p, token) * pairs + pair;
-                    const int channel = p.nope + 2 * pair;
-                    const Floats2 x = rotate_pair(at(token, channel), at(token, channel + 1),
-                                                  p.cos[angle], p.sin[angle]);
-                    store<Floats2>(row(p, tokens, token, head) + p.rank + 2 * pair,
-                                   {x.x * p.query_scale, x.y * p.query_scale});
+            if (column_tile == p.rank / kColumns) {
+                const int fours = p.rope / 4;
+                for (int i = thread.index; i < tokens.count * fours; i += kThreads) {
+                    const int token = i / fours, channel = i % fours * 4;
+                    const int64_t angle = tokens.of_call(p, token) * (p.rope / 2) + channel / 2;
+                    const auto rotated = [&](int pair) {
+                        const int even = p.nope + channel + 2 * pair;
+                        return rotate_pair(at(token, even), at(token, even + 1),
+                                           p.cos[angle + pair], p.sin[angle + pair]);
+                    };
+                    const Floats2 x = rotated(0), y = rotated(1);
+                    const float scale = p.query_scale;
+                    at_row(p, tokens.first + token, head, p.rank / 16 + channel / 16,
+                           [&](uint32_t* fragment, int row) {
+                               put_query<QuadChannels>(
+                                   fragment, row, channel % 16 / 4, 1,
+                                   {x.x * scale, x.y * scale, y.x * scale, y.y * scale});
+                           });
                 }
                 return;
             }
             multiply(p.w_uk + static_cast<int64_t>(head) * p.nope * p.rank, p.nope, p.rank,
-                     thread.block_x * kColumns, tokens.count, thread, at,
-                     [&](int token, int column, float x) {
-                         row(p, tokens, token, head)[column] = x * p.query_scale;
+                     column_tile * kColumns, tokens.count, thread, at,
+                     [&](int token, int i, const auto& sum) {
+                         const int step = i / 4, quad = i % 4;
+                         Floats4 x = sum(p.folded ? Int4Format::key_channels(step, quad)
+                                                  : QuadChannels::key_channels(step, quad));
+                         x = {x.x * p.query_scale, x.y * p.query_scale, x.z * p.query_scale,
+                              x.w * p.query_scale};
+                         at_row(p, tokens.first + token, head, column_tile * kGroupSteps + step,
+                                [&](uint32_t* fragment, int row) {
+                                    if (p.folded)
+                                        put_query<Int4Format>(fragment, row, quad,
+                                                              Int4Format::key_factor(step), x);
+                                    else
+                                        put_query<QuadChannels>(fragment, row, quad, 1, x);
+                                });
                      });
         }
     };
@@ -152,17 +190,24 @@ struct HeadMatmul {
 
         // Grid: x column tiles of V, y heads, z token tiles. Rows of padded tokens are zeros.
         static MLA_DEVICE void run(const Params& p, const Thread& thread) {
-            const Tokens tokens(p, thread);
-            const int head = thread.block_y;
+            const Tokens tokens(p, thread.block_z);
+            const int head = thread.block_y, first = thread.block_x * kColumns;
             multiply(
-                p.w_uv + static_cast<int64_t>(head) * p.rank * p.v, p.rank, p.v,
-                thread.block_x * kColumns, tokens.count, thread,
-                [&](int token, int channel) { return row(p, tokens, token, head)[channel]; },
-                [&](int token, int column, float x) {
-                    store_real(p.output,
-                               tokens.of_call(p, token) * p.output.stride +
-                                   static_cast<int64_t>(head) * p.v + column,
-                               x);
+                p.w_uv + static_cast<int64_t>(head) * p.rank * p.v, p.rank, p.v, first,
+                tokens.count, thread,
+                [&](int token, int channel) {
+                    return p.latents[((tokens.first + token) * p.heads + head) * p.rank + channel];
+                },
+                [&](int token, int i, const auto& sum) {
+                    const int column = first + 4 * i;
+                    if (column >= p.v) return;
+                    const Floats4 x = sum(4 * i);
+                    const int64_t at = tokens.of_call(p, token) * p.output.stride +
+                                       static_cast<int64_t>(head) * p.v + column;
+                    store_real(p.output, at, x.x);
+                    store_real(p.output, at + 1, x.y);
+                    store_real(p.output, at + 2, x.z);
+                    store_real(p.output, at + 3, x.w);
                 });
         }
     };

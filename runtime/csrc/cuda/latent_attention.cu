@@ -1,10 +1,9 @@
 // The C calls: checks, the cut into rounds and splits, launches.
 #include <cmath>
 
-#include "cuda/append.h"
 #include "cuda/attend_launch.h"
-#include "cuda/head_matmul.h"
 #include "cuda/merge.h"
+#include "cuda/prepare.h"
 #include "cuda/status.h"
 
 namespace mla::cuda {
@@ -116,18 +115,26 @@ struct Plan {
     int64_t row_blocks;
     int splits, stages, shared_bytes;
 
-    size_t rows_floats(const mla_cuda_attention& a) const {
-        return static_cast<size_t>(a.batch * rows) * static_cast<size_t>(a.rank + a.rope);
+    bool overlaps;  // launches
+
+    // Words of each part of the workspace.
+    size_t padded_rows(const mla_cuda_attention& a) const {
+        return static_cast<size_t>(a.batch * row_blocks * row_tiles * kRowTile);
     }
-    size_t partial_o_floats(const mla_cuda_attention& a) const {
-        return static_cast<size_t>(a.batch * rows) * static_cast<size_t>(splits) *
-               static_cast<size_t>(a.rank);
+    size_t queries(const mla_cuda_attention& a) const {
+        return padded_rows(a) * static_cast<size_t>(a.rank + a.rope) / 2;
     }
-    size_t partial_floats(const mla_cuda_attention& a) const {
+    size_t partial_o(const mla_cuda_attention& a) const {
+        return padded_rows(a) * static_cast<size_t>(splits) * static_cast<size_t>(a.rank);
+    }
+    size_t latents(const mla_cuda_attention& a) const {
+        return static_cast<size_t>(a.batch * rows) * static_cast<size_t>(a.rank);
+    }
+    size_t partial(const mla_cuda_attention& a) const {
         return static_cast<size_t>(a.batch * rows) * static_cast<size_t>(splits) * 2;
     }
     size_t bytes(const mla_cuda_attention& a) const {
-        return 4 * (rows_floats(a) + partial_o_floats(a) + partial_floats(a));
+        return 4 * (queries(a) + partial_o(a) + latents(a) + partial(a));
     }
 };
 
@@ -136,6 +143,7 @@ struct Plan {
 mla_cuda_status make_plan(const mla_cuda_attention& a, Plan* plan) {
     Device device = {};
     if (const Failure failure = current_device(&device)) return fail_launch(failure);
+    plan->overlaps = device.compute_capability >= 90;
     const int64_t token_rows = a.batch * a.heads;
     int64_t steps = device.round_rows / (token_rows ? token_rows : 1);
     if (steps < 1) steps = 1;
@@ -168,7 +176,7 @@ mla_cuda_status make_plan(const mla_cuda_attention& a, Plan* plan) {
         splits = int64_t{device.multiprocessors} * blocks / (others ? others : 1);
         const int64_t tiles = a.table_pages * (kPageTokens / shape.tile_tokens);
         if (splits > tiles / 2) splits = tiles / 2;  // a run of one tile is mostly overhead
-        const int64_t row_floats = a.batch * plan->rows * a.rank;
+        const int64_t row_floats = a.batch * plan->row_blocks * shape.rows * a.rank;
         if (row_floats && splits > kMaxPartialFloats / row_floats)
             splits = kMaxPartialFloats / row_floats;
         if (splits > kMaxSplits) splits = kMaxSplits;
@@ -186,47 +194,49 @@ size_t most_bytes(const mla_cuda_attention& a) {
     const int64_t all_rows = token_rows * a.steps;
     const int64_t rows = all_rows < in_a_round ? all_rows : in_a_round;
     const AttendFamily& family = family_of(static_cast<CacheFormat>(a.cache_format));
-    int64_t at_once = 0, tile_tokens = kPageTokens;
+    int64_t at_once = 0, tile_tokens = kPageTokens, padding = 0;
     for (int row_tiles = 1; row_tiles <= 2; ++row_tiles) {
         const AttendShape shape = family.describe(a.rank, a.rope, row_tiles);
         const int64_t held = int64_t{kMaxMultiprocessors} * shape.blocks_wanted * shape.rows;
         if (held > at_once) at_once = held;
+        if (a.batch * shape.rows > padding) padding = a.batch * shape.rows;
         if (shape.tile_tokens < tile_tokens) tile_tokens = shape.tile_tokens;
     }
     int64_t splits = a.table_pages * (kPageTokens / tile_tokens) / 2;
     if (splits > kMaxSplits) splits = kMaxSplits;
     if (splits < 1) splits = 1;
-    const int64_t enough = at_once > rows ? at_once : rows;
-    const int64_t split_rows = rows * splits < enough ? rows * splits : enough;
-    return 4 * static_cast<size_t>(rows * (a.rank + a.rope) + split_rows * (a.rank + 2));
+    const int64_t padded = rows + padding;
+    const int64_t enough = at_once > padded ? at_once : padded;
+    const int64_t split_rows = padded * splits < enough ? padded * splits : enough;
+    return 4 * static_cast<size_t>(padded * (a.rank + a.rope) / 2 + rows * a.rank +
+                                   split_rows * (a.rank + 2));
 }
 
 // ---- launches ---------------------------------------------------------------------------------
 
-mla_cuda_status launch_append(const Params& p, CacheFormat format, Stream stream) {
-    constexpr int kWarps = Append<CacheFormat::kInt4>::kWarps;
-    const Grid grid = {(int64_t{p.batch} * p.steps + kWarps - 1) / kWarps, 1, 1};
-    if (format == CacheFormat::kInt4) {
-        MLA_LAUNCH(launch<Append<CacheFormat::kInt4>>(p, grid, 0, stream));
-    } else if (format == CacheFormat::kInt8) {
-        MLA_LAUNCH(launch<Append<CacheFormat::kInt8>>(p, grid, 0, stream));
-    } else {
-        MLA_LAUNCH(launch<Append<CacheFormat::kFp16>>(p, grid, 0, stream));
-    }
+// Grids are one-dimensional, so that `tokens` of a round are few or many alike.
+template <CacheFormat format, int Tiles>
+mla_cuda_status launch_prepare(const Params& p, bool with_queries, Stream stream) {
+    using Kernel = Prepare<format, Tiles>;
+    const int64_t queries = with_queries ? Kernel::Matmul::Queries::blocks(p) : 0;
+    const Grid grid = {Kernel::append_blocks(p) + queries, 1, 1};
+    MLA_LAUNCH(launch<Kernel>(p, grid, Kernel::kSharedBytes, stream));
     return MLA_CUDA_OK;
 }
 
-template <class Matmul>
-mla_cuda_status launch_queries(const Params& p, Stream stream) {
-    const int64_t tokens = int64_t{p.batch} * p.round_steps;
-    const Grid grid = {p.rank / Matmul::kColumns + 1, p.heads,
-                       (tokens + Matmul::kTokens - 1) / Matmul::kTokens};
-    MLA_LAUNCH(launch<typename Matmul::Queries>(p, grid, Matmul::kSharedBytes, stream));
-    return MLA_CUDA_OK;
+template <int Tiles>
+mla_cuda_status launch_prepare(const Params& p, CacheFormat format, bool with_queries,
+                               Stream stream) {
+    return format == CacheFormat::kInt4
+               ? launch_prepare<CacheFormat::kInt4, Tiles>(p, with_queries, stream)
+           : format == CacheFormat::kInt8
+               ? launch_prepare<CacheFormat::kInt8, Tiles>(p, with_queries, stream)
+               : launch_prepare<CacheFormat::kFp16, Tiles>(p, with_queries, stream);
 }
 
-template <class Matmul>
+template <int Tiles>
 mla_cuda_status launch_outputs(const Params& p, Stream stream) {
+    using Matmul = HeadMatmul<Tiles>;
     const int64_t tokens = int64_t{p.batch} * p.round_steps;
     const Grid grid = {(p.v + Matmul::kColumns - 1) / Matmul::kColumns, p.heads,
                        (tokens + Matmul::kTokens - 1) / Matmul::kTokens};
@@ -234,17 +244,14 @@ mla_cuda_status launch_outputs(const Params& p, Stream stream) {
     return MLA_CUDA_OK;
 }
 
+template <int Tiles>
 mla_cuda_status launch_round(const Params& p, const Plan& plan, CacheFormat format, Stream stream) {
-    const bool few = int64_t{p.batch} * p.round_steps <= 16;
-    MLA_TRY(few ? launch_queries<HeadMatmul<1>>(p, stream)
-                : launch_queries<HeadMatmul<2>>(p, stream));
-    const int64_t rows = int64_t{p.round_steps} * p.heads;
+    MLA_TRY(launch_prepare<Tiles>(p, format, true, stream));
     const Grid grid = {p.splits, plan.row_blocks, p.batch};
     MLA_LAUNCH(family_of(format).launch(p, plan.row_tiles, grid, plan.shared_bytes, stream));
-    const Grid merging = {rows, p.batch, Merge::blocks(p.rank, p.splits)};
+    const Grid merging = {Merge::blocks(p.rank, p.splits), p.row_tiles, p.batch};
     MLA_LAUNCH(launch<Merge>(p, merging, Merge::kSharedBytes, stream));
-    return few ? launch_outputs<HeadMatmul<1>>(p, stream)
-               : launch_outputs<HeadMatmul<2>>(p, stream);
+    return launch_outputs<Tiles>(p, stream);
 }
 
 mla_cuda_status append(const mla_cuda_attention& a, Stream stream) {
@@ -252,7 +259,8 @@ mla_cuda_status append(const mla_cuda_attention& a, Stream stream) {
     if (a.batch == 0 || a.steps == 0) return MLA_CUDA_OK;
     Params p = {};
     MLA_TRY(fill_common(a, &p));
-    return launch_append(p, static_cast<CacheFormat>(a.cache_format), stream);
+    p.round_steps = p.steps;
+    return launch_prepare<1>(p, static_cast<CacheFormat>(a.cache_format), false, stream);
 }
 
 mla_cuda_status attend(const mla_cuda_attention& a, Stream stream) {
@@ -278,17 +286,23 @@ mla_cuda_status attend(const mla_cuda_attention& a, Stream stream) {
                a.workspace_bytes, plan.bytes(a));
     p.splits = plan.splits;
     p.stages = plan.stages;
-    p.rows = static_cast<float*>(a.workspace);
-    p.partial_o = p.rows + plan.rows_floats(a);
-    p.partial = p.partial_o + plan.partial_o_floats(a);
+    p.row_tiles = static_cast<int>(plan.row_blocks * plan.row_tiles);
+    p.overlaps = plan.overlaps;
+    p.queries = static_cast<uint32_t*>(a.workspace);
+    p.partial_o = reinterpret_cast<float*>(p.queries + plan.queries(a));
+    p.latents = p.partial_o + plan.partial_o(a);
+    p.partial = p.latents + plan.latents(a);
 
     const CacheFormat format = static_cast<CacheFormat>(a.cache_format);
-    MLA_TRY(launch_append(p, format, stream));
+    p.folded = format == CacheFormat::kInt4;
     for (int64_t first = 0; first < a.steps; first += plan.round_steps) {
         const int64_t left = a.steps - first;
         p.first_step = static_cast<int>(first);
         p.round_steps = static_cast<int>(left < plan.round_steps ? left : plan.round_steps);
-        MLA_TRY(launch_round(p, plan, format, stream));
+        // Weights of the projections are read once for 16 or 32 tokens.
+        MLA_TRY(int64_t{p.batch} * p.round_steps <= kRowTile
+                    ? launch_round<1>(p, plan, format, stream)
+                    : launch_round<2>(p, plan, format, stream));
     }
     return MLA_CUDA_OK;
 }

@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
     extern __shared__ __align__(128) uint8_t shared[];
     const Thread thread = {static_cast<int>(threadIdx.x), static_cast<int>(blockIdx.x),
                            static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z), shared};
+    begin_overlapped();
     Kernel::run(params, thread);
 }
 
@@ -59,11 +60,18 @@ Failure launch(const Params& params, Grid grid, int shared_bytes, Stream stream)
             entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
         if (error != cudaSuccess) return error;
     }
-    const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
-                      static_cast<unsigned>(grid.z));
-    entry<Kernel>
-        <<<blocks, Kernel::kThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
-    return cudaGetLastError();
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                          static_cast<unsigned>(grid.z));
+    config.blockDim = dim3(Kernel::kThreads);
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &overlap;
+    config.numAttrs = params.overlaps;
+    return cudaLaunchKernelEx(&config, entry<Kernel>, params);
 }
 
 // Whether the current device can run what this library holds.

@@ -2,11 +2,11 @@
 //
 //     max = max_k max_k    o = sum_k 2^(max_k - max) o_k / sum_k 2^(max_k - max) sum_k
 //
-// A block has some channels of a row, its threads are `slots` runs abreast: first each joins every
-// slots-th run, then the slots are joined. The result takes the place of the row's query. Rows of
-// padded tokens become zeros.
+// A block has some pieces (fragments.h) of a row tile. Its threads are `slots` runs abreast: first
+// each joins every slots-th run, then the slots are joined. Rows of padded tokens become zeros.
 #pragma once
 
+#include "cuda/fragments.h"
 #include "cuda/sequence.h"
 
 namespace mla::cuda {
@@ -15,70 +15,69 @@ struct Merge {
     static constexpr int kThreads = 256;
     static constexpr int kMinBlocks = 4;
     static constexpr int kMaxSlots = 16;
-    static constexpr int kSharedBytes = kThreads * 16 + kMaxSlots * 8;
+    static constexpr int kSharedBytes = kThreads * (16 + 8);
 
-    // As many slots as there are runs, if that leaves no thread without a channel.
-    static MLA_CONSTEXPR int slots(int rank, int splits) {
-        int slots = kThreads / (rank / 4);
+    static MLA_CONSTEXPR int slots(int splits) {
+        int slots = 1;
         while (slots < splits && slots < kMaxSlots) slots *= 2;
         return slots;
     }
-    // Blocks that share a row.
+    // Blocks that share a row tile.
     static MLA_CONSTEXPR int blocks(int rank, int splits) {
-        return rank / 4 * slots(rank, splits) / kThreads;
+        return kRowTile * rank / 4 * slots(splits) / kThreads;
     }
 
-    // Grid: x rows of a sequence, y sequences, z blocks that share a row.
-    static MLA_DEVICE void run(const Params& p, const Thread& thread) {
-        const int b = thread.block_y;
-        const Sequence sequence = view_sequence(p, b);
-        const int64_t row = static_cast<int64_t>(b) * p.round_steps * p.heads + thread.block_x;
-        const bool is_real = p.first_step + thread.block_x / p.heads < sequence.fresh;
-        const float* partial = p.partial + row * p.splits * 2;
-        const int abreast = slots(p.rank, p.splits), lanes = kThreads / abreast;
-        const int slot = thread.index / lanes, lane = thread.index % lanes;
-        const int channel = 4 * (thread.block_z * lanes + lane);
-
+    // A softmax over some of the tokens: its maximum, and sums relative to it.
+    struct Softmax {
         float max = kNothingSeen, sum = 0;
         Floats4 o = {0, 0, 0, 0};
-        if (is_real) {
-            for (int k = slot; k < p.splits; k += abreast) max = max_of(max, partial[2 * k]);
-            MLA_UNROLL_BY(4)
+
+        MLA_DEVICE void join(float other_max, float other_sum, const Floats4& x) {
+            if (other_sum == 0) return;  // no tokens: x is not a number that anybody wrote
+            const float both = max_of(max, other_max);
+            const float mine = exp2_fast(max - both), theirs = exp2_fast(other_max - both);
+            max = both;
+            sum = mine * sum + theirs * other_sum;
+            o.x = mine * o.x + theirs * x.x;
+            o.y = mine * o.y + theirs * x.y;
+            o.z = mine * o.z + theirs * x.z;
+            o.w = mine * o.w + theirs * x.w;
+        }
+    };
+
+    // Grid: x blocks that share a row tile, y row tiles, z sequences.
+    static MLA_DEVICE void run(const Params& p, const Thread& thread) {
+        const int b = thread.block_z, tile = thread.block_y;
+        const int abreast = slots(p.splits), lanes = kThreads / abreast;
+        const int slot = thread.index / lanes, lane = thread.index % lanes;
+        const int at = thread.block_x * lanes + lane;  // of the tile's pieces
+        const Piece piece = piece_of(p.folded, at / (kPieces * kWarpLanes),
+                                     at / kWarpLanes % kPieces, at % kWarpLanes);
+        const int row = tile * kRowTile + piece.row, rows = p.round_steps * p.heads;
+        const int64_t of_all = static_cast<int64_t>(b) * rows + row;
+        const Sequence sequence = view_sequence(p, b);
+        Softmax mine;
+        if (row < rows && p.first_step + row / p.heads < sequence.fresh) {
+            const float* partial = p.partial + of_all * p.splits * 2;
+            MLA_UNROLL_BY(8)
             for (int k = slot; k < p.splits; k += abreast) {
-                const float run_sum = partial[2 * k + 1];
-                if (run_sum == 0) continue;  // a run without tokens: o is not written
-                const float weight = exp2_fast(partial[2 * k] - max);
-                const Floats4 x =
-                    load<Floats4>(p.partial_o + (row * p.splits + k) * p.rank + channel);
-                sum += weight * run_sum;
-                add_weighted(weight, x, o);
+                const Floats2 run = load<Floats2>(partial + 2 * k);
+                mine.join(run.x, run.y, load<Floats4>(partial_sums(p, b, tile, k) + at * 4));
             }
         }
-        Floats4* joined = reinterpret_cast<Floats4*>(thread.shared);
-        Floats2* weights = reinterpret_cast<Floats2*>(thread.shared + kThreads * 16);
-        store<Floats4>(joined + thread.index, o);
-        if (lane == 0) store<Floats2>(weights + slot, {max, sum});
+        Floats4* o = reinterpret_cast<Floats4*>(thread.shared);
+        Floats2* sums = reinterpret_cast<Floats2*>(thread.shared + kThreads * 16);
+        store<Floats4>(o + thread.index, mine.o);
+        store<Floats2>(sums + thread.index, {mine.max, mine.sum});
         barrier();
-        if (slot > 0) return;
-        float all_max = kNothingSeen, all_sum = 0;
-        for (int i = 0; i < abreast; ++i) all_max = max_of(all_max, load<Floats2>(weights + i).x);
-        o = {0, 0, 0, 0};
-        for (int i = 0; i < abreast; ++i) {
-            const Floats2 one = load<Floats2>(weights + i);
-            const float weight = exp2_fast(one.x - all_max);
-            all_sum += weight * one.y;
-            add_weighted(weight, load<Floats4>(joined + i * lanes + lane), o);
+        if (slot > 0 || row >= rows) return;
+        for (int i = lane + lanes; i < kThreads; i += lanes) {
+            const Floats2 other = load<Floats2>(sums + i);
+            mine.join(other.x, other.y, load<Floats4>(o + i));
         }
-        const float scale = all_sum > 0 ? 1 / all_sum : 0;
-        store<Floats4>(p.rows + row * (p.rank + p.rope) + channel,
-                       {scale * o.x, scale * o.y, scale * o.z, scale * o.w});
-    }
-
-    static MLA_DEVICE void add_weighted(float weight, const Floats4& x, Floats4& sum) {
-        sum.x += weight * x.x;
-        sum.y += weight * x.y;
-        sum.z += weight * x.z;
-        sum.w += weight * x.w;
+        const float scale = mine.sum > 0 ? 1 / mine.sum : 0;
+        store<Floats4>(p.latents + of_all * p.rank + piece.channel,
+                       {scale * mine.o.x, scale * mine.o.y, scale * mine.o.z, scale * mine.o.w});
     }
 };
 

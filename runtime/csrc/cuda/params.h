@@ -31,6 +31,7 @@ struct Params {
     int round_steps;  // S'
     int table_pages;  // M
     int heads, nope, rank, rope, v;
+    int row_tiles;       // of 16 rows, T: all rows of a round, and some that nobody asked for
     int splits;          // into how many runs of tiles a sequence is cut
     int stages;          // tiles in shared memory at once
     float query_scale;   // softmax_scale * log2(e): scores are in units of log2
@@ -51,10 +52,16 @@ struct Params {
     uint8_t* parts[kMaxParts];  // each [pages, page of the part]; cache-record.md
     int64_t pages;
 
-    // The workspace of a round.
-    float* rows;       // [B, S' * H, D + R]: queries (latent, then rotated); then merged latents
-    float* partial_o;  // [B, S' * H, splits, D]: sum_t 2^(score - max) c_t over a run of tiles
-    float* partial;    // [B, S' * H, splits, 2]: max, sum_t 2^(score - max)
+    // Whether latents are codes, and scales and zeros applied to sums (formats.h).
+    bool folded;
+    // Whether a kernel may be launched while the one before it runs: it waits on the device.
+    bool overlaps;
+
+    // The workspace of a round. fragments.h has the order of queries and partial_o.
+    uint32_t* queries;  // [B, T, (D + R) / 16, 32, 4]: fp16, q_nope w_uk and q_pe rotated
+    float* partial_o;   // [B, T, splits, 16, D]: sum_t 2^(score - max) c_t over a run of tiles
+    float* partial;     // [B, S' * H, splits, 2]: max, sum_t 2^(score - max)
+    float* latents;     // [B, S' * H, D]: merged
 
     // Set to a Problem by kernels that cannot do what they are asked; may be null.
     int32_t* problem;

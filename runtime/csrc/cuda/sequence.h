@@ -32,13 +32,17 @@ MLA_DEVICE Sequence view_sequence(const Params& p, int b) {
     return {static_cast<int>(past), static_cast<int>(fresh), table};
 }
 
-// Page `index` of a sequence. One that the arena lacks is reported, and replaced by the scratch
-// page: wrong numbers are better than somebody else's memory.
-MLA_DEVICE int64_t page_of(const Params& p, const Sequence& sequence, int index) {
-    const int64_t page = sequence.table[index];
+// A page of a block table. One that the arena lacks is reported, and replaced by the scratch page:
+// wrong numbers are better than somebody else's memory.
+MLA_DEVICE int64_t checked_page(const Params& p, int64_t page) {
     if (page >= 0 && page < p.pages) return page;
     report(p, kBadPage);
     return 0;
+}
+
+// Page `index` of a sequence.
+MLA_DEVICE int64_t page_of(const Params& p, const Sequence& sequence, int index) {
+    return checked_page(p, sequence.table[index]);
 }
 
 MLA_DEVICE float load_real(const Reals& reals, int64_t at) {
@@ -46,6 +50,25 @@ MLA_DEVICE float load_real(const Reals& reals, int64_t at) {
     const uint16_t bits = static_cast<const uint16_t*>(reals.data)[at];
     if (reals.type == Element::kFp16) return half_value(bits);
     return bits_float(static_cast<uint32_t>(bits) << 16);
+}
+
+// Numbers at, at + stride, ...; loads do not wait for each other.
+template <int Count>
+MLA_DEVICE void load_reals(const Reals& reals, int64_t at, int stride, float (&x)[Count]) {
+    if (reals.type == Element::kFp32) {
+        const float* from = static_cast<const float*>(reals.data) + at;
+        MLA_UNROLL
+        for (int i = 0; i < Count; ++i) x[i] = from[i * stride];
+        return;
+    }
+    const uint16_t* from = static_cast<const uint16_t*>(reals.data) + at;
+    const bool is_half = reals.type == Element::kFp16;
+    uint16_t bits[Count];
+    MLA_UNROLL
+    for (int i = 0; i < Count; ++i) bits[i] = from[i * stride];
+    MLA_UNROLL
+    for (int i = 0; i < Count; ++i)
+        x[i] = is_half ? half_value(bits[i]) : bits_float(static_cast<uint32_t>(bits[i]) << 16);
 }
 
 MLA_DEVICE void store_real(const Reals& reals, int64_t at, float x) {

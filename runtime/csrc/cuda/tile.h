@@ -90,8 +90,9 @@ struct TilePart {
         } else {
             const uint32_t chunks = width / 8;
             const uint8_t* from = page + first * width * 2;
-            MLA_NO_UNROLL  // there are many, and each address would take registers
-                for (uint32_t i = thread; i < Tokens * chunks; i += Threads) {
+            // There are many, and each address would take registers.
+            MLA_NO_UNROLL
+            for (uint32_t i = thread; i < Tokens * chunks; i += Threads) {
                 const uint32_t token = i / chunks;
                 copy_async(tile + row(width, token, i % chunks * 8), from + i * kChunk,
                            static_cast<int>(token) < valid ? kChunk : 0);
