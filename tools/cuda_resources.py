@@ -33,17 +33,17 @@ class Resources:
 
 
 def demangled(name: str) -> str:
-    """`Attend<Int4, 512, 1>` of a mangled entry point."""
-    attend = re.search(r"6AttendINS\d_\d+(\w+?)FormatELi(\d+)ELi(\d+)E", name)
+    """`Attend<Int4, 512, 1, 64>` of a mangled entry point."""
+    attend = re.search(r"6AttendINS\d_\d+(\w+?)FormatELi(\d+)ELi(\d+)ELi(\d+)E", name)
     if attend:
-        record, rank, tiles = attend.groups()
-        return f"Attend<{record}, {rank}, {tiles}>"
+        record, rank, tiles, rope = attend.groups()
+        return f"Attend<{record}, {rank}, {tiles}, {rope}>"
+    prepare = re.search(r"7PrepareILNS_?\d_11CacheFormatE(\d)ELi(\d+)E", name)
+    if prepare:
+        return f"Prepare<{('int4', 'int8', 'fp16')[int(prepare[1])]}, {prepare[2]}>"
     matmul = re.search(r"10HeadMatmulILi(\d+)EE\d+(Queries|Outputs)E", name)
     if matmul:
         return f"HeadMatmul<{matmul[1]}>::{matmul[2]}"
-    append = re.search(r"6AppendILNS\d_11CacheFormatE(\d)E", name)
-    if append:
-        return f"Append<{('int4', 'int8', 'fp16')[int(append[1])]}>"
     return "Merge" if "5MergeE" in name else name
 
 

@@ -33,8 +33,11 @@ constexpr float kSlack = 3;
 constexpr int kRowThreads = 16;  // of the softmax
 constexpr int kMaxRope = 64;
 
-template <class Format, int Rank, int RowTiles>
+// Rope: qk_rope_head_dim where it is known when compiling, else 0.
+template <class Format, int Rank, int RowTiles, int Rope>
 struct Attend {
+    static MLA_DEVICE int rope_of(const Params& p) { return Rope ? Rope : p.rope; }
+
     static constexpr int kTile = Format::kTile;
     static constexpr int kRows = 16 * RowTiles;
     static constexpr int kWarps = Rank / kGroup;
@@ -49,7 +52,7 @@ struct Attend {
     static constexpr int kPasses = kRows * kRowThreads / kThreads;  // of the softmax
     static constexpr int kThreadTokens = kTile / kRowThreads;
     // Of the loops over a tile; more would take registers that there are not.
-    static constexpr int kUnroll = 2;
+    static constexpr int kUnroll = Rope ? 4 : 2;
 
     static_assert(kGroups <= 8 && kScoreTiles % kQuarters == 0 || !Format::kFolded,
                   "sums of all groups are one operand, and the quarters take turns");
@@ -152,7 +155,7 @@ struct Attend {
                     read(r, (quarter * kQuarterGroups + g) * kGroupSteps + step,
                          state.q[g][step][r]);
             }
-            if (quarter < p.rope / kRopeGroup) read(r, Rank / 16 + quarter, state.q_pe[r]);
+            if (quarter < rope_of(p) / kRopeGroup) read(r, Rank / 16 + quarter, state.q_pe[r]);
         }
         MLA_UNROLL
         for (int r = 0; r < RowTiles; ++r) {
@@ -197,7 +200,7 @@ struct Attend {
     static MLA_DEVICE void start_copy(const Params& p, int page, int first, int valid,
                                       uint8_t* tile, int thread) {
         if constexpr (I < Format::kParts) {
-            const Part part = Format::part(I, Rank, p.rope);
+            const Part part = Format::part(I, Rank, rope_of(p));
             TilePart<kTile>::template copy<kThreads, Format::part(I, Rank, kMaxRope).width>(
                 part, p.parts[I] + int64_t{page} * part.page_bytes(), first, valid,
                 part.layout == Layout::kColumns ? (thread + kThreads - 64 * I % kThreads) % kThreads
@@ -260,9 +263,9 @@ struct Attend {
                         }
                     }
                 }
-                if (quarter < p.rope / kRopeGroup) {  // the same for a whole warp
+                if (quarter < rope_of(p) / kRopeGroup) {  // the same for a whole warp
                     uint32_t b[2];
-                    Format::rope_keys(at, p.rope, quarter, block, slot, quad, b);
+                    Format::rope_keys(at, rope_of(p), quarter, block, slot, quad, b);
                     MLA_UNROLL
                     for (int r = 0; r < RowTiles; ++r) mma(sums[r], state.q_pe[r], b[0], b[1]);
                 }
@@ -452,7 +455,7 @@ struct Attend {
 
         constexpr int kPageTiles = kPageTokens / kTile;
         uint8_t* stages = thread.shared + kFixedBytes;
-        const int stage_bytes = tile_bytes(p.rope);
+        const int stage_bytes = tile_bytes(rope_of(p));
         // The table's entry for the tile to copy next, read a tile ahead so that nobody waits for
         // it.
         int64_t entry = sequence.table[begin / kPageTiles];
@@ -481,7 +484,7 @@ struct Attend {
                 if (tile + 1 == end) break;
             }
             if (stage == p.stages) stage = 0;
-            find_parts(stages + stage * stage_bytes, p.rope, at);
+            find_parts(stages + stage * stage_bytes, rope_of(p), at);
             scores(p, at, thread, state);
             barrier();  // all scores are there, and this tile is done with
             if (tile >= begin) copy(tile + p.stages, stage == 0 ? p.stages - 1 : stage - 1);
