@@ -303,34 +303,37 @@ struct Attend {
         MLA_UNROLL
         for (int pass = 0; pass < kPasses; ++pass) {
             const int row = pass * (kThreads / kRowThreads) + thread.index / kRowThreads;
-            float s[kThreadTokens] = {};
+            float s[kThreadTokens];
             MLA_UNROLL
             for (int quarter = 0; quarter < kQuarters; ++quarter) {
                 const float* from = scores + (quarter * kRows + row) * kScoreStride + at;
                 const auto some = load<ThreadScores>(from);
-                s[0] += some.x;
-                s[1] += some.y;
+                s[0] = quarter ? s[0] + some.x : some.x;
+                s[1] = quarter ? s[1] + some.y : some.y;
                 if constexpr (kThreadTokens == 4) {
-                    s[2] += some.z;
-                    s[3] += some.w;
+                    s[2] = quarter ? s[2] + some.z : some.z;
+                    s[3] = quarter ? s[3] + some.w : some.w;
                 }
             }
             const int seen = state.visible[pass] - first - at;  // of this thread's tokens
             float top = kNothingSeen;
             MLA_UNROLL
-            for (int i = 0; i < kThreadTokens; ++i)
-                if (i < seen) top = max_of(top, s[i]);
+            for (int i = 0; i < kThreadTokens; ++i) {
+                if (i >= seen) s[i] = kNothingSeen;
+                top = larger(top, s[i]);
+            }
             float max = state.max[pass], alpha = 1;
             if (any(top > max + kSlack)) {
                 MLA_UNROLL
                 for (int mask = kRowThreads / 2; mask; mask /= 2)
-                    top = max_of(top, shuffle_xor(top, mask));
+                    top = larger(top, shuffle_xor(top, mask));
                 if (top > max + kSlack) max = top;
                 alpha = exp2_fast(state.max[pass] - max);
             }
             float sum = state.sum[pass] * alpha;
             // The sum takes the probabilities as rounded, so that weights add up to one.
-            const auto probability = [&](int i) { return i < seen ? exp2_fast(s[i] - max) : 0; };
+            const float base = max == kNothingSeen ? 0 : max;
+            const auto probability = [&](int i) { return exp2_fast(s[i] - base); };
             ThreadProbs probs;
             probs.x = pack_half2(probability(0), probability(1));
             sum += half2_sum(probs.x);
@@ -436,7 +439,7 @@ struct Attend {
         Rows rows;
         rows.begin = thread.block_y * kRows;
         rows.count = min_of(real_rows - rows.begin, kRows);
-        if (rows.count <= 0) return;
+        if (rows.count <= 0) return begin_overlapped();
         rows.first = b * sequence_rows + rows.begin;
         rows.tile = thread.block_y * RowTiles;
 
@@ -447,6 +450,7 @@ struct Attend {
         const int begin = static_cast<int>(static_cast<int64_t>(tiles) * split / p.splits);
         const int end = static_cast<int>(static_cast<int64_t>(tiles) * (split + 1) / p.splits);
         if (begin == end) {
+            begin_overlapped();
             for (int row = thread.index; row < rows.count; row += kThreads)
                 store<Floats2>(p.partial + (int64_t{rows.first + row} * p.splits + split) * 2,
                                {kNothingSeen, 0});
@@ -468,7 +472,12 @@ struct Attend {
             }
             commit_copies();  // an empty group at the end, so that counting stays simple
         };
-        for (int i = 0; i < p.stages; ++i) copy(begin + i, i);
+        // Tiles without new tokens need not wait for Prepare.
+        const int settled = min_of(begin + p.stages, sequence.past / kTile);
+        int started = begin;
+        for (; started < settled; ++started) copy(started, started - begin);
+        begin_overlapped();
+        for (; started < begin + p.stages; ++started) copy(started, started - begin);
 
         State state;
         start_rows(p, sequence, rows, thread, state);

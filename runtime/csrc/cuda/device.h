@@ -85,8 +85,9 @@ MLA_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) {
 // Whether it is true for any lane of the warp.
 MLA_DEVICE bool any(bool is_true) { return __any_sync(0xffffffffu, is_true); }
 
-// Waits until the kernels before this one have finished, and lets the next one be launched, which
-// waits in turn. Nothing, where it was launched after their end (Params::overlaps).
+// Waits until the kernel before this one has finished, and lets the next one be launched: so that
+// has a start at which all kernels but this one have finished, and waits in turn before it reads
+// what this one writes. Nothing, where it was launched after their end (Params::overlaps).
 MLA_DEVICE void begin_overlapped() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -116,6 +117,18 @@ MLA_DEVICE void copy_async(void* shared, const void* global, int bytes) {
     const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)
                  : "memory");
+}
+// All 16 bytes, `Offset` bytes on at both ends: an offset in the instruction takes no register.
+template <int Offset>
+MLA_DEVICE void copy_async_at(void* shared, const void* global) {
+    const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %2], 16;" ::"r"(to), "l"(global),
+                 "n"(Offset)
+                 : "memory");
+}
+// Brings what is at an address nearer; nobody waits for it.
+MLA_DEVICE void prefetch(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 // What this thread has started since the last call is one group.
 MLA_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -156,6 +169,8 @@ MLA_DEVICE uint32_t half2_sub(uint32_t a, uint32_t b) {
 MLA_DEVICE uint32_t half2_mul(uint32_t a, uint32_t b) {
     return as_bits(__hmul2(as_half2(a), as_half2(b)));
 }
+// The larger number, where neither is NaN.
+MLA_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 // 2^x, to about 2 units in the last place; exactly 1 for 0 and 0 for -1e30.
 MLA_DEVICE float exp2_fast(float x) {
     float y;
@@ -188,6 +203,12 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 inline void copy_async(void* shared, const void* global, int bytes) {
     emulation::copy_async(shared, global, bytes);
 }
+template <int Offset>
+void copy_async_at(uint8_t* shared, const uint8_t* global) {
+    copy_async(shared + Offset, global + Offset, 16);
+}
+inline void prefetch(const void*) {}
+inline void begin_overlapped() {}
 inline void commit_copies() { emulation::commit_copies(); }
 inline void wait_copies(int pending) { emulation::wait_copies(pending); }
 
@@ -207,6 +228,7 @@ inline uint32_t half2_sub(uint32_t a, uint32_t b) {
 inline uint32_t half2_mul(uint32_t a, uint32_t b) {
     return emulation::by_halves(a, b, [](float x, float y) { return x * y; });
 }
+inline float larger(float a, float b) { return a > b ? a : b; }
 inline float exp2_fast(float x) { return emulation::exp2_flushed(x); }
 inline float add_exact(float a, float b) { return a + b; }
 inline float sub_exact(float a, float b) { return a - b; }

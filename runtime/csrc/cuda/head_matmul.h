@@ -41,6 +41,7 @@ struct HeadMatmul {
                                     const Out& out) {
         const int group = thread.lane() / 4, quad = thread.lane() % 4;
         float sums[Tiles][8][4] = {};
+        MLA_UNROLL_BY(Tiles == 1 ? 2 : 1)
         for (int k = 16 * thread.warp(); k < inner; k += 16 * kWarps) {
             uint32_t b[8][2];
             MLA_UNROLL
@@ -190,11 +191,14 @@ struct HeadMatmul {
 
         // Grid: x column tiles of V, y heads, z token tiles. Rows of padded tokens are zeros.
         static MLA_DEVICE void run(const Params& p, const Thread& thread) {
-            const Tokens tokens(p, thread.block_z);
             const int head = thread.block_y, first = thread.block_x * kColumns;
+            const uint16_t* w = p.w_uv + static_cast<int64_t>(head) * p.rank * p.v;
+            for (int row = thread.index; row < p.rank; row += kThreads)
+                prefetch(w + static_cast<int64_t>(row) * p.v + first);
+            begin_overlapped();
+            const Tokens tokens(p, thread.block_z);
             multiply(
-                p.w_uv + static_cast<int64_t>(head) * p.rank * p.v, p.rank, p.v, first,
-                tokens.count, thread,
+                w, p.rank, p.v, first, tokens.count, thread,
                 [&](int token, int channel) {
                     return p.latents[((tokens.first + token) * p.heads + head) * p.rank + channel];
                 },

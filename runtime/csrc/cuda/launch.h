@@ -49,7 +49,6 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
     extern __shared__ __align__(128) uint8_t shared[];
     const Thread thread = {static_cast<int>(threadIdx.x), static_cast<int>(blockIdx.x),
                            static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z), shared};
-    begin_overlapped();
     Kernel::run(params, thread);
 }
 

@@ -15,6 +15,7 @@ struct Merge {
     static constexpr int kThreads = 256;
     static constexpr int kMinBlocks = 4;
     static constexpr int kMaxSlots = 16;
+    static constexpr int kAtOnce = 4;  // runs that a thread reads
     static constexpr int kSharedBytes = kThreads * (16 + 8);
 
     static MLA_CONSTEXPR int slots(int splits) {
@@ -31,22 +32,35 @@ struct Merge {
     struct Softmax {
         float max = kNothingSeen, sum = 0;
         Floats4 o = {0, 0, 0, 0};
-
-        MLA_DEVICE void join(float other_max, float other_sum, const Floats4& x) {
-            if (other_sum == 0) return;  // no tokens: x is not a number that anybody wrote
-            const float both = max_of(max, other_max);
-            const float mine = exp2_fast(max - both), theirs = exp2_fast(other_max - both);
-            max = both;
-            sum = mine * sum + theirs * other_sum;
-            o.x = mine * o.x + theirs * x.x;
-            o.y = mine * o.y + theirs * x.y;
-            o.z = mine * o.z + theirs * x.z;
-            o.w = mine * o.w + theirs * x.w;
-        }
     };
+
+    // Joins `Count` of them, all read before the first is needed. What a run without tokens says
+    // of o is not a number that anybody wrote.
+    template <int Count>
+    static MLA_DEVICE void join(const Floats2 (&runs)[Count], const Floats4 (&o)[Count],
+                                Softmax& all) {
+        float max = all.max;
+        MLA_UNROLL
+        for (int i = 0; i < Count; ++i) max = larger(max, runs[i].x);
+        const float before = exp2_fast(all.max - max);
+        all.max = max;
+        all.sum *= before;
+        all.o = {before * all.o.x, before * all.o.y, before * all.o.z, before * all.o.w};
+        MLA_UNROLL
+        for (int i = 0; i < Count; ++i) {
+            const bool is_empty = runs[i].y == 0;
+            const float weight = exp2_fast(runs[i].x - max);
+            all.sum += weight * runs[i].y;
+            all.o.x += is_empty ? 0 : weight * o[i].x;
+            all.o.y += is_empty ? 0 : weight * o[i].y;
+            all.o.z += is_empty ? 0 : weight * o[i].z;
+            all.o.w += is_empty ? 0 : weight * o[i].w;
+        }
+    }
 
     // Grid: x blocks that share a row tile, y row tiles, z sequences.
     static MLA_DEVICE void run(const Params& p, const Thread& thread) {
+        begin_overlapped();
         const int b = thread.block_z, tile = thread.block_y;
         const int abreast = slots(p.splits), lanes = kThreads / abreast;
         const int slot = thread.index / lanes, lane = thread.index % lanes;
@@ -59,10 +73,18 @@ struct Merge {
         Softmax mine;
         if (row < rows && p.first_step + row / p.heads < sequence.fresh) {
             const float* partial = p.partial + of_all * p.splits * 2;
-            MLA_UNROLL_BY(8)
-            for (int k = slot; k < p.splits; k += abreast) {
-                const Floats2 run = load<Floats2>(partial + 2 * k);
-                mine.join(run.x, run.y, load<Floats4>(partial_sums(p, b, tile, k) + at * 4));
+            for (int first = slot; first < p.splits; first += kAtOnce * abreast) {
+                Floats2 runs[kAtOnce];
+                Floats4 o[kAtOnce];
+                MLA_UNROLL
+                for (int i = 0; i < kAtOnce; ++i) {
+                    const int k = first + i * abreast;
+                    const bool exists = k < p.splits;
+                    runs[i] = exists ? load<Floats2>(partial + 2 * k) : Floats2{kNothingSeen, 0};
+                    o[i] = exists ? load<Floats4>(partial_sums(p, b, tile, k) + at * 4)
+                                  : Floats4{0, 0, 0, 0};
+                }
+                join(runs, o, mine);
             }
         }
         Floats4* o = reinterpret_cast<Floats4*>(thread.shared);
@@ -72,8 +94,9 @@ struct Merge {
         barrier();
         if (slot > 0 || row >= rows) return;
         for (int i = lane + lanes; i < kThreads; i += lanes) {
-            const Floats2 other = load<Floats2>(sums + i);
-            mine.join(other.x, other.y, load<Floats4>(o + i));
+            const Floats2 other[1] = {load<Floats2>(sums + i)};
+            const Floats4 other_o[1] = {load<Floats4>(o + i)};
+            join(other, other_o, mine);
         }
         const float scale = mine.sum > 0 ? 1 / mine.sum : 0;
         store<Floats4>(p.latents + of_all * p.rank + piece.channel,

@@ -22,6 +22,7 @@ struct Prepare {
 
     // Grid: x blocks of Append, then those of Queries.
     static MLA_DEVICE void run(const Params& p, const Thread& thread) {
+        begin_overlapped();
         const int64_t block = thread.block_x - append_blocks(p);
         if (block >= 0) {
             Matmul::Queries::run(p, block, thread);

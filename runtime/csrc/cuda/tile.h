@@ -60,6 +60,16 @@ struct TilePart {
                (part.layout == Layout::kColumns ? kColumnBytes : part.element_bytes * Tokens);
     }
 
+    // Chunks first + thread, those `Threads` on, and so forth, of `count`, which is `Most` at most.
+    template <int Threads, int Most, int First>
+    static MLA_DEVICE void copy_chunks(int count, int thread, const uint8_t* from, uint8_t* to) {
+        if constexpr (First < Most) {
+            if (First + Threads <= count || First + thread < count)
+                copy_async_at<First * kChunk>(to, from);
+            copy_chunks<Threads, Most, First + Threads>(count, thread, from, to);
+        }
+    }
+
     // Starts the copies of one thread. The part's width is at most MaxWidth. `page`: the part's
     // page; `first`: the tile's first token there; `valid`: tokens of the tile that exist. What
     // decides their value becomes zeros in the others, whatever the arena holds there: columns and
@@ -74,10 +84,8 @@ struct TilePart {
             const uint8_t* from = page + first / kBlockTokens * lines * kLineBytes + mine;
             uint8_t* to = tile + mine / kLineBytes * kLineBytes +
                           blocked_chunk(thread / 4, thread % 4) * kChunk;
-            share_out<Threads, Tokens / 4 * (MaxWidth / 4)>(
-                Tokens / 4 * lines, thread, [&](uint32_t i) {
-                    copy_async(to + (i * kChunk - mine), from + (i * kChunk - mine), kChunk);
-                });
+            copy_chunks<Threads, Tokens / 4 * (MaxWidth / 4), 0>(Tokens / 4 * lines, thread, from,
+                                                                 to);
         } else if (part.layout == Layout::kColumns) {
             constexpr uint32_t kChunks = Tokens / 8;
             share_out<Threads, MaxWidth * kChunks>(width * kChunks, thread, [&](uint32_t i) {
