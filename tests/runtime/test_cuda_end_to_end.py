@@ -79,4 +79,6 @@ def test_our_kernels_give_the_logits_of_the_graph(
         for one, other in zip(expected, [*found, again[0]], strict=True)
     ]
     print(cache, sorted(errors))
-    assert np.median(errors) < {"fp16": 5e-3, "int8": 1e-2, "int4": 5e-2}[cache]
+    # Routers choose other experts where two are nearly equal.
+    bound = {"fp16": 5e-3, "int8": 1e-2, "int4": 5e-2}[cache] * (3 if moe else 1)
+    assert np.median(errors) < bound

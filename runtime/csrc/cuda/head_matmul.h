@@ -35,13 +35,14 @@ struct HeadMatmul {
 
     // Calls out(token, i, sum) for i from 0 to 15, each token's share of a thread, in which
     // sum(column) gives the block's columns `column` to `column` + 3; in(token, k).
-    template <class In, class Out>
+    // Steps of the inner dimension whose weights are read at once: `Unroll`.
+    template <int Unroll, class In, class Out>
     static MLA_DEVICE void multiply(const uint16_t* w, int inner, int width, int first_column,
                                     int tokens, const Thread& thread, const In& in,
                                     const Out& out) {
         const int group = thread.lane() / 4, quad = thread.lane() % 4;
         float sums[Tiles][8][4] = {};
-        MLA_UNROLL_BY(Tiles == 1 ? 2 : 1)
+        MLA_UNROLL_BY(Unroll)
         for (int k = 16 * thread.warp(); k < inner; k += 16 * kWarps) {
             uint32_t b[8][2];
             MLA_UNROLL
@@ -165,23 +166,23 @@ struct HeadMatmul {
                 }
                 return;
             }
-            multiply(p.w_uk + static_cast<int64_t>(head) * p.nope * p.rank, p.nope, p.rank,
-                     column_tile * kColumns, tokens.count, thread, at,
-                     [&](int token, int i, const auto& sum) {
-                         const int step = i / 4, quad = i % 4;
-                         Floats4 x = sum(p.folded ? Int4Format::key_channels(step, quad)
-                                                  : QuadChannels::key_channels(step, quad));
-                         x = {x.x * p.query_scale, x.y * p.query_scale, x.z * p.query_scale,
-                              x.w * p.query_scale};
-                         at_row(p, tokens.first + token, head, column_tile * kGroupSteps + step,
-                                [&](uint32_t* fragment, int row) {
-                                    if (p.folded)
-                                        put_query<Int4Format>(fragment, row, quad,
-                                                              Int4Format::key_factor(step), x);
-                                    else
-                                        put_query<QuadChannels>(fragment, row, quad, 1, x);
-                                });
-                     });
+            multiply<1>(p.w_uk + static_cast<int64_t>(head) * p.nope * p.rank, p.nope, p.rank,
+                        column_tile * kColumns, tokens.count, thread, at,
+                        [&](int token, int i, const auto& sum) {
+                            const int step = i / 4, quad = i % 4;
+                            Floats4 x = sum(p.folded ? Int4Format::key_channels(step, quad)
+                                                     : QuadChannels::key_channels(step, quad));
+                            x = {x.x * p.query_scale, x.y * p.query_scale, x.z * p.query_scale,
+                                 x.w * p.query_scale};
+                            at_row(p, tokens.first + token, head, column_tile * kGroupSteps + step,
+                                   [&](uint32_t* fragment, int row) {
+                                       if (p.folded)
+                                           put_query<Int4Format>(fragment, row, quad,
+                                                                 Int4Format::key_factor(step), x);
+                                       else
+                                           put_query<QuadChannels>(fragment, row, quad, 1, x);
+                                   });
+                        });
         }
     };
 
@@ -197,7 +198,7 @@ struct HeadMatmul {
                 prefetch(w + static_cast<int64_t>(row) * p.v + first);
             begin_overlapped();
             const Tokens tokens(p, thread.block_z);
-            multiply(
+            multiply<Tiles == 1 ? 2 : 1>(
                 w, p.rank, p.v, first, tokens.count, thread,
                 [&](int token, int channel) {
                     return p.latents[((tokens.first + token) * p.heads + head) * p.rank + channel];
