@@ -26,172 +26,27 @@ import math
 import random
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import (
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from recall_lists import ANSWER, FULL, LEVELS, OTHER, RecallLists, recall
+from tiny_models import COMMON, SIZES, build
+from transformers import PreTrainedTokenizerFast
 
 BOOKS = ("sherlock.txt", "wizard_of_oz.txt", "tinyshakespeare.txt")
-KEYS = """amber birch cedar delta ember flint grove heron ivory jade kelp lotus maple noble olive
-pearl quartz raven slate topaz umber violet willow zinc""".split()  # noqa: SIM905
 RECALLS = 16_000
 LONG_EVERY, LONG_FACTOR = 10, 8
 """Every tenth step has windows eight times as long, so that long positions are trained too."""
 WARMUP_STEPS, FINAL_RATE = 100, 0.05
-COMMON: dict[str, Any] = {
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 4096,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-MLA: dict[str, Any] = {
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 8,
-    "q_lora_rank": 96,
-    "kv_lora_rank": 128,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 32,
-    "moe_intermediate_size": 128,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "routed_scaling_factor": 1.0,
-    "first_k_dense_replace": 1,
-}
-
-
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {},
-    "small": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4},
-    "base": {"hidden_size": 512, "intermediate_size": 896, "num_attention_heads": 8},
-}
-"""`base`: about 15 M parameters, 31 MB in float16; `small` is for trying the recipe."""
-DENSE: dict[str, dict[str, Any]] = {
-    "small": {"num_hidden_layers": 3, "head": 16, "kv_lora_rank": 32},
-    "base": {"num_hidden_layers": 6, "head": 64, "kv_lora_rank": 256},
-}
-
-
-@dataclass(frozen=True)
-class Level:
-    """The lists of one stage, which begins when `by` of the time has passed, or sooner."""
-
-    by: float
-    window: int
-    words: int
-    """How many names of one word there are."""
-    values: int
-    most: int
-    """Names in the longest list."""
-    double: float
-    """Share of lists whose names have two words."""
-
-
-LEVELS = (
-    Level(0.00, 32, 4, 4, 3, 0.0),
-    Level(0.15, 32, 8, 8, 4, 0.0),
-    Level(0.19, 128, 16, 24, 8, 0.0),
-    Level(0.23, 128, 24, 90, 14, 0.0),
-    Level(0.28, 128, 24, 90, 14, 0.7),
-    Level(0.36, 1024, 24, 90, 40, 0.7),
-    Level(0.46, 1024, 24, 90, 120, 0.8),
-    Level(0.58, 4096, 24, 90, 540, 0.9),
-)
-FULL = LEVELS[-1]
-OFFSETS, SHARPNESS = 6, 16.0
-"""The name of an entry ends 2 tokens before its value and begins at most 6 before."""
 MASTERED, PATIENCE, PASSED, LOWER = 0.9, 600, 0.7, 0.3
 """Share of right answers that ends a level; after so many steps a smaller one does, which is still
 above guessing; share of steps that go back to one of the last three levels."""
 LOOK_EVERY, REPORT_SECONDS = 20, 10
 PROBES = ((4, False), (24, False), (12, True), (40, True), (120, True), (270, True), (540, True))
-OTHER, ANSWER = 1, 2  # kinds of tokens in a list; 0: not to be foreseen
 OTHER_WEIGHT, ALONE_BELOW = 0.1, 1024
 """Windows shorter than this train answers alone: any other loss puts off the turn."""
-
-
-def build(arch: str, size: str = "tiny") -> Any:
-    """`mla` (DeepSeek-V3), `gqa` or `mha` (Llama), of about 5 M parameters if `tiny`.
-
-    The larger ones have no experts: transformers computes those one after another.
-    """
-    if size != "tiny":
-        return build_dense(arch, size)
-    if arch == "mla":
-        return DeepseekV3ForCausalLM(DeepseekV3Config(**COMMON, **MLA))
-    groups = 4 if arch == "gqa" else 8
-    config = LlamaConfig(**COMMON, num_hidden_layers=6, num_key_value_heads=groups, head_dim=32)
-    return LlamaForCausalLM(config)
-
-
-def build_dense(arch: str, size: str) -> Any:
-    common, dense = COMMON | SIZES[size], DENSE[size]
-    common["num_hidden_layers"] = layers = dense["num_hidden_layers"]
-    # transformers' 0.02 is so small here that looking up is learnt much later.
-    common["initializer_range"] = 0.8 / common["hidden_size"] ** 0.5
-    heads, head = common["num_attention_heads"], dense["head"]
-    if arch == "mla":
-        # Heads of equal size for keys and values, which flash attention asks for.
-        halves = {"qk_nope_head_dim": head // 2, "qk_rope_head_dim": head // 2, "v_head_dim": head}
-        own = {"q_lora_rank": None, "kv_lora_rank": dense["kv_lora_rank"], **halves}
-        own |= {"num_key_value_heads": heads, "first_k_dense_replace": layers}
-        model = DeepseekV3ForCausalLM(DeepseekV3Config(**common, **own))
-    else:
-        groups = heads // 2 if arch == "gqa" else heads
-        model = LlamaForCausalLM(LlamaConfig(**common, num_key_value_heads=groups, head_dim=head))
-    begin_with_offsets(model, head // 2 if arch == "mla" else head)
-    return model
-
-
-@torch.no_grad()
-def begin_with_offsets(model: Any, width: int) -> None:
-    """Heads of the first layer begin by looking 1, 2, ... places back, through `width` channels.
-
-    A value must know the name before it and a question its own before the two can be matched.
-    Left to chance that takes most of the steps until lookups work, and MLA stays at a few names.
-    All embeddings get a common part, from which these queries and keys are made: then their product
-    depends on the distance alone, sum_i u_i^2 cos(f_i (distance - offset)).
-    """
-    hidden, attention = model.config.hidden_size, model.model.layers[0].self_attn
-    common = torch.randn(hidden)
-    model.get_input_embeddings().weight += model.config.initializer_range * common
-    # With it a normed embedding, of length sqrt(hidden), has a product of about 1.
-    common *= 2**0.5 / (common.norm() * hidden**0.5)
-    frequency = COMMON["rope_theta"] ** (-torch.arange(0, width, 2) / width)
-    heads = model.config.num_attention_heads
-    queries = attention.q_proj.weight.view(heads, -1, hidden)[:, -width:]
-    u = (frequency > 0.09).float()
-    u *= (SHARPNESS * attention.scaling**-1 / u.sum()) ** 0.5
-    is_mla = hasattr(attention, "kv_a_proj_with_mqa")
-
-    def channels(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """[width, hidden]; DeepSeek has the two channels of a frequency side by side."""
-        both = torch.stack([first, second], 1).flatten() if is_mla else torch.cat([first, second])
-        return both[:, None] * common
-
-    keys = attention.kv_a_proj_with_mqa if is_mla else attention.k_proj
-    rows = keys.weight[-width:] if is_mla else keys.weight
-    rows.view(-1, width, hidden).add_(channels(u, 0 * u))
-    for head in range(heads):
-        angle = frequency * (1 + head % OFFSETS)
-        queries[head] += channels(u * angle.cos(), -u * angle.sin())
 
 
 def training_text(corpora: Path, recalls: int = RECALLS) -> str:
@@ -213,68 +68,6 @@ def training_text(corpora: Path, recalls: int = RECALLS) -> str:
     pieces = [part[i : i + 4000] for part in parts for i in range(0, len(part), 4000)]
     generator.shuffle(pieces)
     return "\n".join(pieces)
-
-
-def recall(generator: random.Random) -> str:
-    """A list of codes, and some of them asked for again; one list in eight is long."""
-    count = generator.randint(3, 10) if generator.random() < 7 / 8 else generator.randint(11, 120)
-    names = KEYS if count <= len(KEYS) else [f"{a}-{b}" for a in KEYS for b in KEYS if a != b]
-    keys = generator.sample(names, count)
-    codes = {key: generator.randint(10, 99) for key in keys}
-    asked = generator.sample(keys, min(count, 12))
-    told = " ".join(f"{key} is {code};" for key, code in codes.items())
-    return f"Codes: {told}" + "".join(f" {key} is {codes[key]};" for key in asked)
-
-
-class RecallLists:
-    """Windows that hold a list of codes and questions about it, made as token ids on a device.
-
-    The ids are those that the tokenizer gives for `Codes: amber is 73; birch is 15; amber is 73;`.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, device: str) -> None:
-        double = [f"{a}-{b}" for a in KEYS for b in KEYS if a != b]
-        names = [f" {name}" for name in [*KEYS, *double]]
-        pieces = ["Codes:", " is", ";", *(f" {value}" for value in range(10, 100)), *names]
-        ids = [tokenizer.backend_tokenizer.encode(piece).ids for piece in pieces]
-        longest = max(map(len, ids))
-        self.pieces = torch.tensor([one + [-1] * (longest - len(one)) for one in ids]).to(device)
-        self.names, self.device = len(double), device
-
-    def make(
-        self, count: torch.Tensor, double: torch.Tensor, window: int, level: Level
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and their kinds, both [rows, window], of so many names in each row [rows]."""
-        rows, slots = count.numel(), window // 4  # the shortest entry has four tokens
-        order = torch.rand(rows, self.names, device=self.device)
-        order[:, level.words :] += 2.0 * ~double[:, None]  # names of one word: only the first few
-        names = order.argsort(1) + torch.where(double, 93 + len(KEYS), 93)[:, None]
-        values = torch.randint(3, 3 + level.values, names.shape, device=self.device)
-        slot = torch.arange(slots, device=self.device)
-        told = slot < count[:, None]
-        asked = (torch.rand(rows, slots, device=self.device) * count[:, None]).long()
-        entry = torch.where(told, slot, asked).clamp(max=self.names - 1)
-        name, value = names.gather(1, entry), values.gather(1, entry)
-        one = torch.ones_like(name)
-        text = torch.stack([name, one, value, 2 * one], 2).flatten(1)
-        kind = torch.stack([one, one, torch.where(told, 0, ANSWER), one], 2).flatten(1)
-        head = torch.zeros_like(text[:, :1])  # "Codes:"
-        tokens = self.pieces[torch.cat([head, text], 1)]  # [rows, 1 + 4 slots, longest]
-        kinds = torch.cat([head, kind], 1)[:, :, None].expand_as(tokens).flatten(1)
-        tokens = tokens.flatten(1)
-        place = (tokens >= 0).cumsum(1) - 1
-        place = place.masked_fill(tokens < 0, window).clamp(max=window)  # the last is thrown away
-        found = [
-            torch.zeros_like(tokens[:, : window + 1]).scatter_(1, place, part)[:, :window]
-            for part in (tokens, kinds)
-        ]
-        return found[0], found[1]
-
-    def draw(self, rows: int, level: Level) -> tuple[torch.Tensor, torch.Tensor]:
-        double = torch.rand(rows, device=self.device) < level.double
-        most = torch.where(double, level.most, min(level.most, level.words))
-        count = 2 + (torch.rand(rows, device=self.device) * (most - 1)).long()
-        return self.make(count, double, level.window, level)
 
 
 class Muon(torch.optim.Optimizer):
