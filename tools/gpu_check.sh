@@ -47,7 +47,8 @@ LINES_SHOWN=4 stage install 240 env CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)" \
     "$venv/bin/pip" install -q --no-index --no-deps --no-build-isolation . \
     -C cmake.define.MLA_CUDA=ON -C "cmake.define.MLA_CUDA_TARGETS=$capability" \
     -C cmake.define.MLA_ENGINE=AUTO -C cmake.define.MLA_FETCH_DEPENDENCIES=OFF
-pytest=("$venv/bin/python" -m pytest -q -p no:cacheprovider)
+# -P: the package that was installed, not the checkout, which has no libraries.
+pytest=("$venv/bin/python" -P -m pytest -q -p no:cacheprovider)
 kernels=("${pytest[@]}" tests/runtime/test_cuda_attention.py)
 
 stage tests 150 "${kernels[@]}" -m gpu
@@ -74,7 +75,7 @@ from mla_deploy.runtime import _runtime
 sys.exit("CUDAExecutionProvider" not in onnxruntime.get_available_providers()
          or not hasattr(_runtime, "Engine"))'; then
     stage end_to_end 180 "${pytest[@]}" -s -m gpu tests/runtime/test_cuda_end_to_end.py
-    run="$venv/bin/python -c 'from mla_deploy.cli import main; main()'"
+    run="$venv/bin/python -P -c 'from mla_deploy.cli import main; main()'"
     LINES_SHOWN=30 stage speed 240 bash -ec "
         rm -rf '$out/model' '$out/small' '$out/bundle'
         '$venv/bin/python' benchmarks/make_synthetic.py '$out/model' --layers 4
