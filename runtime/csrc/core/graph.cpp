@@ -102,8 +102,12 @@ void DecoderGraph::bind_arena(OrtIoBinding& binding) const {
     }
 }
 
+bool DecoderGraph::is_recorded(int64_t steps, int64_t logits) const {
+    return records_ && steps == 1 && logits == 1;
+}
+
 int64_t DecoderGraph::pages_for(int64_t steps, int64_t logits, int64_t pages) const {
-    if (!records_ || steps != 1 || logits != 1) return pages;
+    if (!is_recorded(steps, logits)) return pages;
     int64_t power = 1;
     while (power < pages) power *= 2;
     return power;
@@ -133,7 +137,7 @@ const float* DecoderGraph::run(StepInputs& in, Cancellation* cancellation) {
 }
 
 const DecoderGraph::Recording* DecoderGraph::recording_for(StepInputs& in) {
-    if (!records_ || in.steps != 1 || in.logits != 1) return nullptr;
+    if (!is_recorded(in.steps, in.logits)) return nullptr;
     const auto found = recordings_.find({in.batch, in.pages});
     if (found != recordings_.end()) return found->second.get();
     if (recordings_.size() == kMostRecordings) return nullptr;

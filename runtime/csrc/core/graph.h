@@ -90,6 +90,7 @@ class DecoderGraph {
                     void* data, const std::vector<int64_t>& shape) const;
     void bind_logits(OrtIoBinding& binding, const OrtMemoryInfo& memory, void* data,
                      const StepInputs& inputs) const;
+    bool is_recorded(int64_t steps, int64_t logits) const;
     const Recording* recording_for(StepInputs& inputs);
     std::unique_ptr<Recording> record(StepInputs& inputs) const;
     void run(const OrtIoBinding& binding, const std::string& recording,

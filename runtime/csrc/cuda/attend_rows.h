@@ -5,8 +5,6 @@
 
 namespace mla::cuda {
 
-// As an operand: columns 0 to 7 hold what half takes of the sums of groups 0 to 7, columns 8 to
-// 15 what it leaves of them, so that they are as exact as in float.
 template <class Format, int Rank, int RowTiles, int Rope>
 MLA_DEVICE void Attend<Format, Rank, RowTiles, Rope>::load_sums(const Thread& thread,
                                                                 State& state) {

@@ -5,7 +5,6 @@
 
 namespace mla::cuda {
 
-// first: the tile's first token in its sequence.
 template <class Format, int Rank, int RowTiles, int Rope>
 MLA_DEVICE void Attend<Format, Rank, RowTiles, Rope>::softmax(int first, const Thread& thread,
                                                               State& state) {

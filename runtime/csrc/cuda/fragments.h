@@ -9,6 +9,7 @@
 namespace mla::cuda {
 
 constexpr int kRowTile = 16;
+constexpr int kStepChannels = 16;
 constexpr int kFragmentWords = kWarpLanes * 4;
 
 // ---- queries: an operand a step of 16 channels; after the latent's, those of the rope key -------
@@ -16,7 +17,7 @@ constexpr int kFragmentWords = kWarpLanes * 4;
 // Words of step `step`, lane after lane, of row tile `tile` of sequence `b`.
 MLA_DEVICE uint32_t* query_fragment(const Params& p, int b, int64_t tile, int step) {
     return p.queries +
-           ((static_cast<int64_t>(b) * p.row_tiles + tile) * ((p.rank + p.rope) / kRowTile) +
+           ((static_cast<int64_t>(b) * p.row_tiles + tile) * ((p.rank + p.rope) / kStepChannels) +
             step) *
                kFragmentWords;
 }
