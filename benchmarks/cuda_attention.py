@@ -83,17 +83,25 @@ class Operator:
     """Our kernel at one size."""
 
     def __init__(
-        self, kernels: CudaKernels, heads: int, rank: int, context: int, batch: int, record: str
+        self,
+        kernels: CudaKernels,
+        heads: int,
+        rank: int,
+        context: int,
+        batch: int,
+        record: str,
+        steps: int = 1,
+        mode: str = "auto",
     ) -> None:
         self.kernels = kernels
-        pages = -(-(context + 1) // PAGE_TOKENS)
+        pages = -(-(context + steps) // PAGE_TOKENS)
         self.sizes = AttentionSizes(
-            batch, 1, pages, heads, NOPE, rank, ROPE, VALUE, cache_format=record
+            batch, steps, pages, heads, NOPE, rank, ROPE, VALUE, cache_format=record, mode=mode
         )
         definition = cache_record(record)
         self.bytes = definition.bytes_per_token(rank, ROPE) * context * batch
         l2 = torch.cuda.get_device_properties(0).L2_cache_size
-        count = max(1, min(64, -(-4 * l2 // self.bytes)))
+        count = max(1, min(64, -(-4 * l2 // self.bytes))) if steps == 1 else 1
         self.layers = []
         for _ in range(count):
             parts = []
@@ -110,15 +118,15 @@ class Operator:
             self.layers.append(Layer(parts, order.reshape(batch, pages)))
         half = {"dtype": torch.float16, "device": "cuda"}
         self.tensors = {
-            "q": torch.randn(batch, heads * (NOPE + ROPE), **half),
-            "kv": torch.randn(batch, rank + ROPE, **half),
-            "output": torch.empty(batch, heads * VALUE, **half),
-            "cos": torch.ones(batch, ROPE // 2, device="cuda"),
-            "sin": torch.zeros(batch, ROPE // 2, device="cuda"),
+            "q": torch.randn(batch, steps, heads * (NOPE + ROPE), **half),
+            "kv": torch.randn(batch, steps, rank + ROPE, **half),
+            "output": torch.empty(batch, steps, heads * VALUE, **half),
+            "cos": torch.ones(batch, steps, ROPE // 2, device="cuda"),
+            "sin": torch.zeros(batch, steps, ROPE // 2, device="cuda"),
             "w_uk": torch.randn(heads, NOPE, rank, **half) * rank**-0.5,
             "w_uv": torch.randn(heads, rank, VALUE, **half) * rank**-0.5,
             "past_lengths": torch.full((batch,), context, device="cuda"),
-            "new_lengths": torch.ones(batch, dtype=torch.int64, device="cuda"),
+            "new_lengths": torch.full((batch,), steps, device="cuda"),
         }
         size = kernels.workspace_bytes(self.sizes)
         self.workspace = torch.empty(size + 256, dtype=torch.uint8, device="cuda")

@@ -18,6 +18,7 @@ from mla_deploy.runtime import _runtime
 LIBRARY = "libmla_deploy_cuda.so"
 TYPES = ("float32", "float16", "bfloat16")
 CACHE_FORMATS = ("int4", "int8", "fp16")
+MODES = ("auto", "absorbed", "expanded")
 PROBLEMS = {
     1: "a length is negative, exceeds its row of the block table, or new exceeds S",
     2: "the block table names a page that the cache does not have",
@@ -58,6 +59,7 @@ class _Attention(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "steps", "table_pages")),
         *((name, ctypes.c_int32) for name in ("heads", "nope", "rank", "rope", "v")),
         ("cache_format", ctypes.c_int),
+        ("mode", ctypes.c_int),
         ("splits", ctypes.c_int32),
         *((name, _Reals) for name in ("q", "kv", "output")),
         *((name, ctypes.c_void_p) for name in ("cos", "sin", "w_uk", "w_uv")),
@@ -76,7 +78,9 @@ class _Attention(ctypes.Structure):
 class AttentionSizes:
     """B sequences of S new tokens, M pages each; the model's sizes; see `cuda.h`.
 
-    `splits`: runs of pages that a sequence is cut into; 0: as the device wants.
+    `mode`: see `MODES`; auto takes the one with fewer operations.
+    `splits`: in the absorbed mode, runs of pages that a sequence is cut into; 0: as the device
+    wants.
     """
 
     batch: int
@@ -88,6 +92,7 @@ class AttentionSizes:
     rope: int
     v: int
     cache_format: str
+    mode: str = "auto"
     splits: int = 0
 
 
@@ -191,14 +196,19 @@ class CudaKernels:
 
 
 def _describe(sizes: AttentionSizes) -> _Attention:
-    if sizes.cache_format not in CACHE_FORMATS:
-        raise CudaError(
-            "the CUDA kernels do not know this cache format",
-            found=sizes.cache_format,
-            allowed=", ".join(CACHE_FORMATS),
-        )
+    for what, found, allowed in (
+        ("cache format", sizes.cache_format, CACHE_FORMATS),
+        ("mode", sizes.mode, MODES),
+    ):
+        if found not in allowed:
+            raise CudaError(
+                f"the CUDA kernels do not know this {what}",
+                found=found,
+                allowed=", ".join(allowed),
+            )
     call = _Attention(size=ctypes.sizeof(_Attention), pages=1)
     for name in ("batch", "steps", "table_pages", "heads", "nope", "rank", "rope", "v", "splits"):
         setattr(call, name, getattr(sizes, name))
     call.cache_format = CACHE_FORMATS.index(sizes.cache_format)
+    call.mode = MODES.index(sizes.mode)
     return call

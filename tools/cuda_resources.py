@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RUNTIME = Path(__file__).resolve().parents[1] / "runtime"
-SOURCES = ("attend_int4", "attend_int8", "attend_fp16", "latent_attention")
+SOURCES = ("attend_int4", "attend_int8", "attend_fp16", "expanded", "latent_attention")
 TARGETS = ("80", "86", "87", "89", "90", "110", "120")
 
 
@@ -44,7 +44,13 @@ def demangled(name: str) -> str:
     matmul = re.search(r"10HeadMatmulILi(\d+)EE\d+(Queries|Outputs)E", name)
     if matmul:
         return f"HeadMatmul<{matmul[1]}>::{matmul[2]}"
-    return "Merge" if "5MergeE" in name else name
+    expanded = re.search(r"8ExpandedILi(\d+)ELi(\d+)ELi(\d+)E", name)
+    if expanded:
+        return f"Expanded<{', '.join(expanded.groups())}>"
+    unpack = re.search(r"6UnpackILNS_?\d_11CacheFormatE(\d)E", name)
+    if unpack:
+        return f"Unpack<{('int4', 'int8', 'fp16')[int(unpack[1])]}>"
+    return next((one for one in ("Merge", "Expand") if f"{len(one)}{one}E" in name), name)
 
 
 def read_report(report: str) -> Iterator[Resources]:

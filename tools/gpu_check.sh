@@ -49,7 +49,7 @@ LINES_SHOWN=4 stage install 240 env CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)" \
     -C cmake.define.MLA_ENGINE=AUTO -C cmake.define.MLA_FETCH_DEPENDENCIES=OFF
 # -P: the package that was installed, not the checkout, which has no libraries.
 pytest=("$venv/bin/python" -P -m pytest -q -p no:cacheprovider)
-kernels=("${pytest[@]}" tests/runtime/test_cuda_attention.py)
+kernels=("${pytest[@]}" tests/runtime/test_cuda_attention.py tests/runtime/test_cuda_expanded.py)
 
 stage tests 150 "${kernels[@]}" -m gpu
 if command -v compute-sanitizer >/dev/null; then
@@ -64,6 +64,8 @@ else
 fi
 LINES_SHOWN=40 stage benchmark 150 "$venv/bin/python" benchmarks/cuda_attention.py --quick \
     --json "$out/cuda_attention.json"
+LINES_SHOWN=40 stage prompts 60 "$venv/bin/python" benchmarks/cuda_prompts.py \
+    --json "$out/cuda_prompts.json"
 
 # Where torch and onnxruntime-gpu have CUDA's libraries from; the loader does not look there.
 LD_LIBRARY_PATH="$("$venv/bin/python" -c 'import glob, site

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
+import torch
+from support.cuda import Machine, build_emulation, gpu_machine
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from mla_deploy.bundle import (
@@ -357,3 +359,18 @@ def tiny_bundle(tiny_mla: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def toy_engine(toy: Toy) -> Engine:
     """A loaded engine that tests share; they close their sessions."""
     return toy.load()
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """For oracles of many small products, which threads only slow down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", params=["emulation", pytest.param("gpu", marks=pytest.mark.gpu)])
+def machine(request: pytest.FixtureRequest) -> Machine:
+    """Where CUDA kernels run."""
+    return Machine(build_emulation(), "cpu") if request.param == "emulation" else gpu_machine()

@@ -6,8 +6,6 @@ barrier shows here without a GPU. Both machines get the same cases and the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from support.attention_case import AttentionCase, Dims, Error
@@ -15,6 +13,7 @@ from support.cuda import (
     Machine,
     build_emulation,
     cache_pages,
+    check,
     emulation_wavefronts,
     gpu_machine,
     run_case,
@@ -22,42 +21,10 @@ from support.cuda import (
 
 from mla_deploy.runtime import _runtime
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 FORMATS = ["int4", "int8", "fp16"]
+MODES = ["absorbed", "expanded"]
 SMALL = Dims(heads=4, nope=32, rank=256, rope=32, v=32)
-
-
-@pytest.fixture(autouse=True)
-def _one_torch_thread() -> Iterator[None]:
-    """The oracles are many small products, which threads only slow down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session", params=["emulation", pytest.param("gpu", marks=pytest.mark.gpu)])
-def machine(request: pytest.FixtureRequest) -> Machine:
-    return Machine(build_emulation(), "cpu") if request.param == "emulation" else gpu_machine()
-
-
-def check(machine: Machine, case: AttentionCase, splits: int = 0) -> torch.Tensor:
-    output, cache = run_case(machine, case, splits=splits)
-    found = case.real(output)
-    kernel = Error.of(found, case.oracle(cache))
-    total = Error.of(found, case.oracle(None))
-    cache_alone = Error.of(case.oracle(cache), case.oracle(None))
-    print(f"{case.cache_format} {case.dims}")
-    print(f"  kernel error       {kernel}")
-    print(f"  quantisation error {cache_alone}")
-    print(f"  both               {total}")
-    # Queries, probabilities and merged latents are rounded to half once each; int8 latents too.
-    assert kernel.relative < 3e-3
-    assert kernel.cosine > 0.9999
-    if case.cache_format != "fp16":
-        assert total.relative < cache_alone.relative * 1.1
-    is_padding = torch.arange(case.steps) >= case.new.unsqueeze(1)
-    assert (output[is_padding] == 0).all()
-    return output
 
 
 @pytest.mark.parametrize("cache_format", FORMATS)
@@ -68,11 +35,12 @@ def test_decoding_at_page_edges(machine: Machine, cache_format: str, rank: int) 
                                  cache_format=cache_format))  # fmt: skip
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cache_format", FORMATS)
-def test_prompts_of_unequal_length(machine: Machine, cache_format: str) -> None:
+def test_prompts_of_unequal_length(machine: Machine, cache_format: str, mode: str) -> None:
     dims = Dims(heads=3, nope=48, rank=256, rope=32, v=40)
     check(machine, AttentionCase([0, 70, 5, 200], [33, 20, 0, 1], dims=dims,
-                                 cache_format=cache_format))  # fmt: skip
+                                 cache_format=cache_format), mode)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -130,44 +98,50 @@ def test_appended_bytes_are_those_of_the_cpu(
         assert torch.equal(one, other)
 
 
-def test_constant_and_zero_latents(machine: Machine) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_constant_and_zero_latents(machine: Machine, mode: str) -> None:
     case = AttentionCase([0], [4], norm=False, dims=Dims(heads=2, rank=256))
     case.all_kv[:, 0] = 0
     case.all_kv[:, 1] = 3
     case.all_kv[:, 2] = -1e-8
-    check(machine, case)
+    check(machine, case, mode)
 
 
-def test_scores_far_apart_stay_finite(machine: Machine) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_scores_far_apart_stay_finite(machine: Machine, mode: str) -> None:
     """Queries beyond half's range saturate; which of two close tokens wins may then change."""
     case = AttentionCase([100], [2], dims=SMALL)
     case.scale *= 1e6
-    run_case(machine, case)  # finite, which run_case() checks
+    run_case(machine, case, mode=mode)  # finite, which run_case() checks
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cache_format", ["int4", "fp16"])
-def test_a_prompt_in_chunks_equals_the_whole(machine: Machine, cache_format: str) -> None:
+def test_a_prompt_in_chunks_equals_the_whole(
+    machine: Machine, cache_format: str, mode: str
+) -> None:
     whole = AttentionCase([0], [100], dims=SMALL, cache_format=cache_format)
-    expected, expected_cache = run_case(machine, whole)
+    expected, expected_cache = run_case(machine, whole, mode=mode)
     pieces, cache = [], whole.cache
     for start, stop in [(0, 1), (1, 64), (64, 65), (65, 90), (90, 100)]:
         piece = AttentionCase([start], [stop - start], dims=SMALL, cache_format=cache_format)
         piece.all_kv, piece.all_cos, piece.all_sin = whole.all_kv, whole.all_cos, whole.all_sin
         piece.w_uk, piece.w_uv = whole.w_uk, whole.w_uv
         piece.q, piece.block_table, piece.cache = whole.q[:, start:stop], whole.block_table, cache
-        output, cache = run_case(machine, piece)
+        output, cache = run_case(machine, piece, mode=mode)
         pieces.append(output)
     for one, other in zip(expected_cache, cache, strict=True):
         assert torch.equal(one, other)
     assert Error.of(torch.cat(pieces, 1), expected.double()).relative < 3e-3
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cache_format", FORMATS)
 def test_the_rest_of_the_arena_is_neither_written_nor_heeded(
-    machine: Machine, cache_format: str
+    machine: Machine, cache_format: str, mode: str
 ) -> None:
     case = AttentionCase([70, 1], [3, 2], dims=SMALL, cache_format=cache_format)
-    clean_output, clean = run_case(machine, case)
+    clean_output, clean = run_case(machine, case, mode=mode)
     used = cache_pages(case)
     lengths = (case.past + case.new).tolist()
     record_parts = case.record.parts(case.dims.rank, case.dims.rope)
@@ -183,7 +157,7 @@ def test_the_rest_of_the_arena_is_neither_written_nor_heeded(
             left = torch.full((len(slots), part.width), foreign, dtype=arena.dtype)
             arena.copy_(part.write(arena, page, slots, left))
     stale = [part.clone() for part in case.cache]
-    output, cache = run_case(machine, case)
+    output, cache = run_case(machine, case, mode=mode)
     assert torch.equal(output, clean_output)
     for part, arena, before, after in zip(record_parts, cache, stale, clean, strict=True):
         for page in range(arena.shape[0]):
@@ -198,12 +172,15 @@ def test_the_rest_of_the_arena_is_neither_written_nor_heeded(
             )
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_activations_and_strides(machine: Machine, dtype: torch.dtype) -> None:
+def test_half_precision_activations_and_strides(
+    machine: Machine, dtype: torch.dtype, mode: str
+) -> None:
     case = AttentionCase([40, 64], [3, 2], dims=SMALL)
     exact = [x.to(dtype).float() for x in (case.q, case.all_kv)]
     case.q, case.all_kv = exact
-    output, cache = run_case(machine, case, dtype=dtype, padding=8)
+    output, cache = run_case(machine, case, mode=mode, dtype=dtype, padding=8)
     error = Error.of(case.real(output), case.oracle(cache))
     print(error)
     assert error.relative < (3e-3 if dtype == torch.float16 else 8e-3)
@@ -217,20 +194,22 @@ def test_long_calls_run_in_rounds(machine: Machine) -> None:
         check(machine, AttentionCase([5, 70, 0], [90, 3, 17], dims=Dims(heads=128, nope=8, v=8)))
 
 
-def test_lengths_that_do_not_fit_are_reported(machine: Machine) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_lengths_that_do_not_fit_are_reported(machine: Machine, mode: str) -> None:
     case = AttentionCase([10, 20], [2, 2], dims=SMALL)
     before = [part.clone() for part in case.cache]
     case.past[1] = 64 * case.pages
-    _, cache = run_case(machine, case, expect_problem=1)
+    _, cache = run_case(machine, case, mode=mode, expect_problem=1)
     theirs = case.block_table[1]
     for one, other in zip(before, cache, strict=True):
         assert torch.equal(one[theirs], other[theirs])
 
 
-def test_pages_that_do_not_exist_are_reported(machine: Machine) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_pages_that_do_not_exist_are_reported(machine: Machine, mode: str) -> None:
     case = AttentionCase([10, 70], [2, 2], dims=SMALL)
     case.block_table[1, 1] = 10**12
-    run_case(machine, case, expect_problem=2)
+    run_case(machine, case, mode=mode, expect_problem=2)
 
 
 @pytest.mark.gpu
@@ -249,7 +228,8 @@ def test_shared_memory_is_read_without_bank_conflicts(
     machine = Machine(build_emulation(), "cpu")
     dims = Dims(heads=heads, nope=8, rank=rank, v=8)
     emulation_wavefronts(forget=True)
-    run_case(machine, AttentionCase([200], [1], dims=dims, cache_format=cache_format))
+    case = AttentionCase([200], [1], dims=dims, cache_format=cache_format)
+    run_case(machine, case, mode="absorbed")
     queries, attend, _, outputs = emulation_wavefronts()
     print(queries, attend, outputs)
     assert queries[0] == queries[1] > 0

@@ -25,13 +25,13 @@ from mla_deploy.runtime.cuda import (
     Tensor,
     cuda_library,
 )
-from support.attention_case import AttentionCase
+from support.attention_case import AttentionCase, Error
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "runtime" / "csrc" / "cuda"
 INCLUDES = [f"-I{ROOT / 'runtime' / folder}" for folder in ("csrc", "include")]
-HOST_SOURCES = ("emulation.cpp", "memory.cpp", "runtime.cpp", "status.cpp")
-KERNELS = ("latent_attention", "attend_int4", "attend_int8", "attend_fp16")
+HOST_SOURCES = ("call.cpp", "emulation.cpp", "memory.cpp", "runtime.cpp", "status.cpp")
+KERNELS = ("latent_attention", "attend_int4", "attend_int8", "attend_fp16", "expanded")
 # Memory is read as other types than it was written in; nvcc assumes nothing there, nor may we.
 FLAGS = ["-std=c++17", "-O0", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"]
 
@@ -117,6 +117,7 @@ def run_case(
     case: AttentionCase,
     *,
     dtype: torch.dtype = torch.float32,
+    mode: str = "auto",
     splits: int = 0,
     padding: int = 0,
     append_only: bool = False,
@@ -139,6 +140,7 @@ def run_case(
         rope=d.rope,
         v=d.v,
         cache_format=case.cache_format,
+        mode=mode,
         splits=splits,
     )
     q, kv, cos, sin = case.new_inputs()
@@ -181,6 +183,29 @@ def run_case(
     if not append_only and not expect_problem:
         assert output.isfinite().all(), "an output was not written"
     return output, [part.cpu() for part in cache]
+
+
+def check(
+    machine: Machine, case: AttentionCase, mode: str = "absorbed", splits: int = 0
+) -> torch.Tensor:
+    """The kernel's output, held against both oracles."""
+    output, cache = run_case(machine, case, mode=mode, splits=splits)
+    found = case.real(output)
+    kernel = Error.of(found, case.oracle(cache))
+    total = Error.of(found, case.oracle(None))
+    cache_alone = Error.of(case.oracle(cache), case.oracle(None))
+    print(f"{case.cache_format} {case.dims}")
+    print(f"  kernel error       {kernel}")
+    print(f"  quantisation error {cache_alone}")
+    print(f"  both               {total}")
+    # Queries, probabilities and merged latents are rounded to half once each; int8 latents too.
+    assert kernel.relative < 3e-3
+    assert kernel.cosine > 0.9999
+    if case.cache_format != "fp16":
+        assert total.relative < cache_alone.relative * 1.1 + 2e-4  # constants have hardly any
+    is_padding = torch.arange(case.steps) >= case.new.unsqueeze(1)
+    assert (output[is_padding] == 0).all()
+    return output
 
 
 def cache_pages(case: AttentionCase) -> Sequence[int]:

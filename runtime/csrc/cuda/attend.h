@@ -17,8 +17,7 @@
 //     score = sum_g scale_g (q . codes)_g + sum_g zero_g (sum q)_g    scales on a lane's few sums
 //     value = sum_t (p scale)_t codes_t + sum_t p_t zero_t            p scale in half
 //
-// A row's maximum is raised only when exceeded by 2^kSlack, so that sums are rarely rescaled; p is
-// then at most 2^kSlack, which leaves (p scale) in half's range. What is left at the end are sums
+// p is at most 2^kSlack, which leaves (p scale) in half's range. What is left at the end are sums
 // relative to a maximum; merge.h joins the runs of tiles.
 #pragma once
 
@@ -29,7 +28,6 @@
 
 namespace mla::cuda {
 
-constexpr float kSlack = 3;
 constexpr int kRowThreads = 16;  // of the softmax
 constexpr int kMaxRope = 64;
 

@@ -37,4 +37,10 @@ extern const AttendFamily kAttendInt4;
 extern const AttendFamily kAttendInt8;
 extern const AttendFamily kAttendFp16;
 
+inline const AttendFamily& family_of(CacheFormat format) {
+    return format == CacheFormat::kInt4   ? kAttendInt4
+           : format == CacheFormat::kInt8 ? kAttendInt8
+                                          : kAttendFp16;
+}
+
 }  // namespace mla::cuda

@@ -109,6 +109,24 @@ MLA_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Four 8 x 8 matrices of halves from shared memory: lane i gives the address of row i % 8 of matrix
+// i / 8, 16 bytes. Of matrix m, d[m] has columns 2 quad and 2 quad + 1 of row `group`; transposed:
+// rows 2 quad and 2 quad + 1 of column `group` (PTX ISA, ldmatrix).
+MLA_DEVICE void load_matrices(uint32_t (&d)[4], const void* shared) {
+    const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(from)
+                 : "memory");
+}
+MLA_DEVICE void load_matrices_transposed(uint32_t (&d)[4], const void* shared) {
+    const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(from)
+                 : "memory");
+}
+
 // ---- copies that run on their own -----------------------------------------------------------
 
 // Starts to copy 16 bytes to shared memory; those from `bytes` (0 to 16) on become zeros and are
@@ -200,6 +218,12 @@ inline uint32_t shuffle_xor(uint32_t value, int mask) {
 inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     emulation::mma(d, a, b0, b1);
 }
+inline void load_matrices(uint32_t (&d)[4], const void* shared) {
+    emulation::load_matrices(d, shared, false);
+}
+inline void load_matrices_transposed(uint32_t (&d)[4], const void* shared) {
+    emulation::load_matrices(d, shared, true);
+}
 inline void copy_async(void* shared, const void* global, int bytes) {
     emulation::copy_async(shared, global, bytes);
 }
@@ -266,5 +290,9 @@ MLA_DEVICE float max_of(float a, float b) { return a > b ? a : b; }
 MLA_DEVICE float min_of(float a, float b) { return a < b ? a : b; }
 MLA_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 MLA_DEVICE int max_of(int a, int b) { return a > b ? a : b; }
+
+// Beyond half's range a number saturates. A query's scores are then so far apart that
+// only their order counts.
+MLA_DEVICE float in_range(float x) { return max_of(min_of(x, 65504.0f), -65504.0f); }
 
 }  // namespace mla::cuda

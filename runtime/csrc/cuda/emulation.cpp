@@ -23,7 +23,7 @@ constexpr size_t kStackBytes = 64 << 10;
     std::abort();
 }
 
-enum class Waits { kNothing, kBarrier, kShuffle, kMma, kExited };
+enum class Waits { kNothing, kBarrier, kShuffle, kMma, kMatrices, kExited };
 
 struct Copy {
     void* to;
@@ -64,6 +64,12 @@ struct Mma {
     uint32_t b[2];
 };
 
+struct Matrices {
+    uint32_t* d;
+    const void* row;
+    bool transposed;
+};
+
 float lane_half(uint32_t pair, int odd) {
     return half_value(static_cast<uint16_t>(pair >> (16 * odd)));
 }
@@ -87,6 +93,23 @@ void run_mma(void* const* operands) {
             float sum = 0;
             for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
             mine.d[i] += sum;
+        }
+    }
+}
+
+void run_matrices(void* const* operands) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+        uint16_t element[8][8];
+        for (int row = 0; row < 8; ++row)
+            std::memcpy(element[row], static_cast<const Matrices*>(operands[8 * matrix + row])->row,
+                        16);
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const Matrices& mine = *static_cast<const Matrices*>(operands[lane]);
+            const int group = lane / 4, pair = 2 * (lane % 4);
+            const uint32_t low = mine.transposed ? element[pair][group] : element[group][pair];
+            const uint32_t high =
+                mine.transposed ? element[pair + 1][group] : element[group][pair + 1];
+            mine.d[matrix] = low | high << 16;
         }
     }
 }
@@ -202,6 +225,8 @@ class Block {
             for (int i = 0; i < kLanes; ++i) operands[i] = lanes[i].operands;
             if (what == Waits::kMma)
                 run_mma(operands);
+            else if (what == Waits::kMatrices)
+                run_matrices(operands);
             else
                 run_shuffle(operands);
             for (int i = 0; i < kLanes; ++i) lanes[i].waits = Waits::kNothing;
@@ -280,6 +305,12 @@ uint32_t shuffle_xor(uint32_t value, int mask) {
 void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     Mma operands{d, a, {b0, b1}};
     running->wait(Waits::kMma, &operands);
+}
+
+void load_matrices(uint32_t (&d)[4], const void* shared, bool transposed) {
+    touch(shared, 16, 16);
+    Matrices operands{d, shared, transposed};
+    running->wait(Waits::kMatrices, &operands);
 }
 
 void copy_async(void* shared, const void* global, int bytes) {

@@ -45,6 +45,7 @@ inline bool any(bool is_true) {
     return found;
 }
 void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+void load_matrices(uint32_t (&d)[4], const void* shared, bool transposed);
 void copy_async(void* shared, const void* global, int bytes);
 void commit_copies();
 void wait_copies(int pending);

@@ -22,10 +22,6 @@ MLA_DEVICE uint32_t* query_fragment(const Params& p, int b, int64_t tile, int st
                kFragmentWords;
 }
 
-// Beyond half's range a query saturates: its scores are then so far apart that only the order
-// counts.
-MLA_DEVICE float in_range(float x) { return max_of(min_of(x, 65504.0f), -65504.0f); }
-
 // Writes the four neighbouring channels that lane (row % 8, quad) has of a step.
 template <class Format>
 MLA_DEVICE void put_query(uint32_t* fragment, int row, int quad, float factor, const Floats4& x) {

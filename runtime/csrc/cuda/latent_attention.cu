@@ -1,7 +1,7 @@
-// The C calls: checks, the cut into rounds and splits, launches.
-#include <cmath>
-
+// The C calls: the cut into rounds and splits, launches.
 #include "cuda/attend_launch.h"
+#include "cuda/call.h"
+#include "cuda/expanded_launch.h"
 #include "cuda/merge.h"
 #include "cuda/prepare.h"
 #include "cuda/status.h"
@@ -9,102 +9,7 @@
 namespace mla::cuda {
 namespace {
 
-constexpr int64_t kMaxBatch = 4096;
-constexpr int64_t kMaxSteps = 1 << 20;
-constexpr int64_t kMaxTablePages = 1 << 24;  // 2^30 tokens: positions are ints
-constexpr int64_t kMaxSplits = 256;
 constexpr int64_t kMaxPartialFloats = 64 << 20;
-
-const AttendFamily& family_of(CacheFormat format) {
-    return format == CacheFormat::kInt4   ? kAttendInt4
-           : format == CacheFormat::kInt8 ? kAttendInt8
-                                          : kAttendFp16;
-}
-
-// ---- checks -----------------------------------------------------------------------------------
-
-mla_cuda_status check_sizes(const mla_cuda_attention& a) {
-    MLA_EXPECT(a.size == sizeof a,
-               "size is %zu; this library wants %zu: set it to "
-               "sizeof(mla_cuda_attention), and compile against its own header",
-               a.size, sizeof a);
-    MLA_EXPECT(a.heads >= 1 && a.heads <= 128, "heads is %d; allowed: 1 to 128", a.heads);
-    MLA_EXPECT(a.nope >= 8 && a.nope <= 1024 && a.nope % 8 == 0,
-               "qk_nope_head_dim is %d; allowed: a multiple of 8, 8 to 1024", a.nope);
-    MLA_EXPECT(a.rank == 256 || a.rank == 512, "kv_lora_rank is %d; allowed: 256 or 512", a.rank);
-    MLA_EXPECT(a.rope >= 16 && a.rope <= 64 && a.rope % 16 == 0,
-               "qk_rope_head_dim is %d; allowed: 16, 32, 48 or 64", a.rope);
-    MLA_EXPECT(a.v >= 8 && a.v <= 1024 && a.v % 8 == 0,
-               "v_head_dim is %d; allowed: a multiple of 8, 8 to 1024", a.v);
-    MLA_EXPECT(a.batch >= 0 && a.batch <= kMaxBatch, "batch is %lld; allowed: 0 to %lld",
-               static_cast<long long>(a.batch), static_cast<long long>(kMaxBatch));
-    MLA_EXPECT(a.steps >= 0 && a.steps <= kMaxSteps, "steps is %lld; allowed: 0 to %lld",
-               static_cast<long long>(a.steps), static_cast<long long>(kMaxSteps));
-    MLA_EXPECT(a.table_pages >= 0 && a.table_pages <= kMaxTablePages,
-               "table_pages is %lld; allowed: 0 to %lld", static_cast<long long>(a.table_pages),
-               static_cast<long long>(kMaxTablePages));
-    MLA_EXPECT(a.pages >= 1, "the cache has %lld pages; allowed: 1 or more",
-               static_cast<long long>(a.pages));
-    MLA_EXPECT(a.cache_format >= MLA_CUDA_CACHE_INT4 && a.cache_format <= MLA_CUDA_CACHE_FP16,
-               "unknown cache format %d; allowed: int4 (0), int8 (1), fp16 (2)",
-               static_cast<int>(a.cache_format));
-    MLA_EXPECT(a.splits >= 0 && a.splits <= kMaxSplits,
-               "splits is %d; allowed: 0 (automatic) to %d", a.splits,
-               static_cast<int>(kMaxSplits));
-    return MLA_CUDA_OK;
-}
-
-mla_cuda_status check_pointer(const char* name, const void* pointer, uintptr_t alignment) {
-    MLA_EXPECT(pointer, "%s is null", name);
-    MLA_EXPECT(reinterpret_cast<uintptr_t>(pointer) % alignment == 0,
-               "%s is at %p; it must be aligned to %d bytes", name, pointer,
-               static_cast<int>(alignment));
-    return MLA_CUDA_OK;
-}
-
-mla_cuda_status set_reals(const char* name, const mla_cuda_reals& given, int64_t dense,
-                          Reals* reals) {
-    MLA_EXPECT(given.type >= MLA_CUDA_FP32 && given.type <= MLA_CUDA_BF16,
-               "%s is of unknown type %d; allowed: fp32 (0), fp16 (1), bf16 (2)", name,
-               static_cast<int>(given.type));
-    MLA_EXPECT(given.stride == 0 || given.stride >= dense,
-               "the stride of %s is %lld; allowed: 0 (dense) or at least %lld", name,
-               static_cast<long long>(given.stride), static_cast<long long>(dense));
-    *reals = {given.data, static_cast<Element>(given.type), given.stride ? given.stride : dense};
-    return check_pointer(name, given.data, given.type == MLA_CUDA_FP32 ? 4 : 2);
-}
-
-// What append and attention both need.
-mla_cuda_status fill_common(const mla_cuda_attention& a, Params* p) {
-    p->batch = static_cast<int>(a.batch);
-    p->steps = static_cast<int>(a.steps);
-    p->table_pages = static_cast<int>(a.table_pages);
-    p->heads = a.heads;
-    p->nope = a.nope;
-    p->rank = a.rank;
-    p->rope = a.rope;
-    p->v = a.v;
-    p->norm_epsilon = a.latent_norm_epsilon;
-    MLA_TRY(set_reals("kv", a.kv, int64_t{a.rank} + a.rope, &p->kv));
-    MLA_TRY(check_pointer("cos", a.cos, 4));
-    MLA_TRY(check_pointer("sin", a.sin, 4));
-    MLA_TRY(check_pointer("block_table", a.block_table, 8));
-    MLA_TRY(check_pointer("past_lengths", a.past_lengths, 8));
-    MLA_TRY(check_pointer("new_lengths", a.new_lengths, 8));
-    p->cos = a.cos;
-    p->sin = a.sin;
-    p->block_table = a.block_table;
-    p->past_lengths = a.past_lengths;
-    p->new_lengths = a.new_lengths;
-    for (int i = 0; i < family_of(static_cast<CacheFormat>(a.cache_format)).parts; ++i) {
-        MLA_TRY(check_pointer("a part of the cache", a.cache[i], 16));
-        p->parts[i] = static_cast<uint8_t*>(a.cache[i]);
-    }
-    p->pages = a.pages;
-    if (a.problem) MLA_TRY(check_pointer("problem", a.problem, 4));
-    p->problem = a.problem;
-    return MLA_CUDA_OK;
-}
 
 // ---- the cut ----------------------------------------------------------------------------------
 
@@ -138,11 +43,13 @@ struct Plan {
     }
 };
 
-// Depends on sizes and the device only, never on lengths: a captured graph stays right as sequences
-// grow.
-mla_cuda_status make_plan(const mla_cuda_attention& a, Plan* plan) {
-    Device device = {};
-    if (const Failure failure = current_device(&device)) return fail_launch(failure);
+// Plans depend on sizes and the device only, never on lengths: a captured graph stays right as
+// sequences grow.
+bool is_expanded(const mla_cuda_attention& a, const Device& device) {
+    return a.mode == MLA_CUDA_AUTO ? should_expand(a, device) : a.mode == MLA_CUDA_EXPANDED;
+}
+
+mla_cuda_status make_plan(const mla_cuda_attention& a, const Device& device, Plan* plan) {
     plan->overlaps = device.compute_capability >= 90;
     const int64_t token_rows = a.batch * a.heads;
     int64_t steps = device.round_rows / (token_rows ? token_rows : 1);
@@ -188,7 +95,7 @@ mla_cuda_status make_plan(const mla_cuda_attention& a, Plan* plan) {
 
 // What a plan takes at most, of these sizes and of smaller ones, on any device: rows and their
 // splits are bounded as above, with every limit of a device at its largest.
-size_t most_bytes(const mla_cuda_attention& a) {
+size_t most_absorbed_bytes(const mla_cuda_attention& a) {
     const int64_t token_rows = a.batch * a.heads;
     const int64_t in_a_round = token_rows > kMaxRoundRows ? token_rows : kMaxRoundRows;
     const int64_t all_rows = token_rows * a.steps;
@@ -210,6 +117,24 @@ size_t most_bytes(const mla_cuda_attention& a) {
     const int64_t split_rows = padded * splits < enough ? padded * splits : enough;
     return 4 * static_cast<size_t>(padded * (a.rank + a.rope) / 2 + rows * a.rank +
                                    split_rows * (a.rank + 2));
+}
+
+mla_cuda_status needed_bytes(const mla_cuda_attention& a, const Device& device, size_t* bytes) {
+    if (is_expanded(a, device)) {
+        *bytes = plan_expanded(a, device).bytes();
+        return MLA_CUDA_OK;
+    }
+    Plan plan = {};
+    MLA_TRY(make_plan(a, device, &plan));
+    *bytes = plan.bytes(a);
+    return MLA_CUDA_OK;
+}
+
+size_t most_bytes(const mla_cuda_attention& a) {
+    const size_t absorbed = a.mode == MLA_CUDA_EXPANDED ? 0 : most_absorbed_bytes(a);
+    const size_t expanded =
+        a.mode == MLA_CUDA_ABSORBED || !can_expand(a) ? 0 : most_expanded_bytes(a);
+    return absorbed > expanded ? absorbed : expanded;
 }
 
 // ---- launches ---------------------------------------------------------------------------------
@@ -254,36 +179,21 @@ mla_cuda_status launch_round(const Params& p, const Plan& plan, CacheFormat form
     return launch_outputs<Tiles>(p, stream);
 }
 
+mla_cuda_status launch_append(Params p, CacheFormat format, Stream stream) {
+    p.round_steps = p.steps;
+    return launch_prepare<1>(p, format, false, stream);
+}
+
 mla_cuda_status append(const mla_cuda_attention& a, Stream stream) {
     MLA_TRY(check_sizes(a));
     if (a.batch == 0 || a.steps == 0) return MLA_CUDA_OK;
     Params p = {};
-    MLA_TRY(fill_common(a, &p));
-    p.round_steps = p.steps;
-    return launch_prepare<1>(p, static_cast<CacheFormat>(a.cache_format), false, stream);
+    MLA_TRY(fill_append(a, &p));
+    return launch_append(p, static_cast<CacheFormat>(a.cache_format), stream);
 }
 
-mla_cuda_status attend(const mla_cuda_attention& a, Stream stream) {
-    MLA_TRY(check_sizes(a));
-    if (a.batch == 0 || a.steps == 0) return MLA_CUDA_OK;
-    Params p = {};
-    MLA_TRY(fill_common(a, &p));
-    MLA_TRY(set_reals("q", a.q, int64_t{a.heads} * (a.nope + a.rope), &p.q));
-    MLA_TRY(set_reals("output", a.output, int64_t{a.heads} * a.v, &p.output));
-    MLA_TRY(check_pointer("w_uk", a.w_uk, 16));
-    MLA_TRY(check_pointer("w_uv", a.w_uv, 16));
-    MLA_EXPECT(std::isfinite(a.softmax_scale) && a.softmax_scale > 0,
-               "softmax_scale is %g; allowed: finite and above 0",
-               static_cast<double>(a.softmax_scale));
-    p.w_uk = static_cast<const uint16_t*>(a.w_uk);
-    p.w_uv = static_cast<const uint16_t*>(a.w_uv);
-    p.query_scale = a.softmax_scale * 1.4426950408889634f;
-    Plan plan = {};
-    MLA_TRY(make_plan(a, &plan));
-    MLA_TRY(check_pointer("workspace", a.workspace, 256));
-    MLA_EXPECT(a.workspace_bytes >= plan.bytes(a),
-               "the workspace has %zu bytes; needed are %zu: ask mla_cuda_workspace_bytes()",
-               a.workspace_bytes, plan.bytes(a));
+mla_cuda_status attend_absorbed(const mla_cuda_attention& a, const Plan& plan, Params p,
+                                Stream stream) {
     p.splits = plan.splits;
     p.stages = plan.stages;
     p.row_tiles = static_cast<int>(plan.row_blocks * plan.row_tiles);
@@ -307,6 +217,25 @@ mla_cuda_status attend(const mla_cuda_attention& a, Stream stream) {
     return MLA_CUDA_OK;
 }
 
+mla_cuda_status attend(const mla_cuda_attention& a, Stream stream) {
+    MLA_TRY(check_sizes(a));
+    if (a.batch == 0 || a.steps == 0) return MLA_CUDA_OK;
+    Params p = {};
+    MLA_TRY(fill_attention(a, &p));
+    Device device = {};
+    MLA_LAUNCH(current_device(&device));
+    if (is_expanded(a, device)) {
+        const ExpandedPlan plan = plan_expanded(a, device);
+        MLA_TRY(check_workspace(a, plan.bytes()));
+        MLA_TRY(launch_append(p, static_cast<CacheFormat>(a.cache_format), stream));
+        return attend_expanded(a, plan, p, stream);
+    }
+    Plan plan = {};
+    MLA_TRY(make_plan(a, device, &plan));
+    MLA_TRY(check_workspace(a, plan.bytes(a)));
+    return attend_absorbed(a, plan, p, stream);
+}
+
 }  // namespace
 }  // namespace mla::cuda
 
@@ -324,10 +253,9 @@ mla_cuda_status mla_cuda_workspace_bytes(const mla_cuda_attention* attention, si
     using namespace mla::cuda;
     MLA_EXPECT(attention && bytes, "mla_cuda_workspace_bytes: a null pointer");
     MLA_TRY(check_sizes(*attention));
-    Plan plan = {};
-    MLA_TRY(make_plan(*attention, &plan));
-    *bytes = plan.bytes(*attention);
-    return MLA_CUDA_OK;
+    Device device = {};
+    MLA_LAUNCH(current_device(&device));
+    return needed_bytes(*attention, device, bytes);
 }
 
 mla_cuda_status mla_cuda_workspace_bound(const mla_cuda_attention* attention, size_t* bytes) {

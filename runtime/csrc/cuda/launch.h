@@ -17,6 +17,7 @@ const char* failure_text(Failure failure);
 // A device's limits on a plan: no device goes beyond, so that a workspace can be had in advance.
 constexpr int kMaxMultiprocessors = 256;
 constexpr int64_t kMaxRoundRows = 16384;
+constexpr int64_t kMaxChunkBytes = 64 << 20;
 
 struct Device {
     int multiprocessors;     // that are put to use
@@ -24,6 +25,7 @@ struct Device {
     int shared_bytes_all;    // of a multiprocessor
     int compute_capability;  // 90 for 9.0
     int64_t round_rows;      // of all sequences: long calls run in rounds, or memory would grow
+    int64_t chunk_bytes;     // of keys and values at a time, and of what waits for the next ones
 };
 // The current device.
 Failure current_device(Device* device);

@@ -2,7 +2,8 @@
 //
 // Notation: B sequences, S tokens of each in this call, H heads, N = qk_nope_head_dim,
 // R = qk_rope_head_dim, D = kv_lora_rank, V = v_head_dim, M pages a sequence. Long calls run in
-// rounds of S' tokens of every sequence; a row is one (token, head) of a round: s' * H + h.
+// rounds of S' tokens of every sequence; a row is one (token, head) of a round: s' * H + h. The
+// expanded mode goes over the cache in chunks of C tokens.
 #pragma once
 
 #include <cstdint>
@@ -62,6 +63,15 @@ struct Params {
     float* partial_o;   // [B, T, splits, 16, D]: sum_t 2^(score - max) c_t over a run of tiles
     float* partial;     // [B, S' * H, splits, 2]: max, sum_t 2^(score - max)
     float* latents;     // [B, S' * H, D]: merged
+
+    // The workspace of a prompt in the expanded mode (expanded.h): C tokens of each sequence at a
+    // time, those from first_token on.
+    int first_token, chunk_tokens;
+    uint16_t* c_kv;    // [B, C, D] fp16: decoded
+    uint16_t* k_pe;    // [B, C, R] fp16
+    uint16_t* keys;    // [B, H, C, N] fp16: c_kv w_uk^T
+    uint16_t* values;  // [B, H, C, V] fp16: c_kv w_uv
+    float* running;    // of each thread, what it has summed up over earlier chunks
 
     // Set to a Problem by kernels that cannot do what they are asked; may be null.
     int32_t* problem;

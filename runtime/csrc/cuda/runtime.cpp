@@ -11,7 +11,7 @@ const char* failure_text(Failure) { return "the emulation does not fail"; }
 
 // The least that a supported device has, and short rounds, so that tests come to every limit.
 Failure current_device(Device* device) {
-    *device = {4, 99 << 10, 100 << 10, 86, 96};
+    *device = {4, 99 << 10, 100 << 10, 86, 96, 64 << 10};
     return 0;
 }
 
@@ -81,6 +81,7 @@ Failure current_device(Device* device) {
         device->multiprocessors = kMaxMultiprocessors;
     device->compute_capability = 10 * major + minor;
     device->round_rows = kMaxRoundRows;
+    device->chunk_bytes = kMaxChunkBytes;
     return 0;
 }
 

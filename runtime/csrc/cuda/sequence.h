@@ -7,6 +7,8 @@
 namespace mla::cuda {
 
 constexpr float kNothingSeen = -1e30f;  // the maximum over no scores
+// A row's maximum is raised only when exceeded by 2^kSlack, so that sums are rarely rescaled.
+constexpr float kSlack = 3;
 
 struct Sequence {
     int past;   // tokens in the cache before the call

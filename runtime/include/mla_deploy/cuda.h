@@ -50,6 +50,15 @@ typedef enum mla_cuda_cache {
     MLA_CUDA_CACHE_FP16 = 2
 } mla_cuda_cache;
 
+/* Two orders of the same sums. Absorbed: queries and outputs go through w_uk and w_uv, keys and
+ * values are the cache itself. Expanded: keys and values are made of the cache, a chunk at a time
+ * in the workspace; fewer operations for long prompts, N + R and V at most 256. */
+typedef enum mla_cuda_mode {
+    MLA_CUDA_AUTO = 0, /* whichever takes fewer operations */
+    MLA_CUDA_ABSORBED = 1,
+    MLA_CUDA_EXPANDED = 2
+} mla_cuda_mode;
+
 /* Values of *problem: what only the device can find. Output of such sequences has no meaning. */
 typedef enum mla_cuda_problem {
     MLA_CUDA_NO_PROBLEM = 0,
@@ -78,7 +87,9 @@ typedef struct mla_cuda_attention {
     int32_t v;           /* V, a multiple of 8 up to 1024 */
 
     mla_cuda_cache cache_format;
-    int32_t splits; /* runs of pages that a sequence is cut into; 0: as the device wants */
+    mla_cuda_mode mode;
+    int32_t
+        splits; /* absorbed: runs of pages that a sequence is cut into; 0: as the device wants */
 
     mla_cuda_reals q;      /* [B, S, H * (N + R)]: a head's q_nope, then its q_pe, not rotated */
     mla_cuda_reals kv;     /* [B, S, D + R]: latent before its norm, then k_pe, not rotated */

@@ -1,0 +1,132 @@
+"""The expanded mode of the CUDA kernels: chunks, rounds, and when it is chosen.
+
+What holds for both modes is in test_cuda_attention.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from support.attention_case import AttentionCase, Dims, Error
+from support.cuda import (
+    Machine,
+    build_emulation,
+    check,
+    emulation_wavefronts,
+    gpu_machine,
+    run_case,
+)
+
+from mla_deploy.runtime.cuda import AttentionSizes, CudaError, CudaKernels
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+FORMATS = ["int4", "int8", "fp16"]
+SMALL = Dims(heads=4, nope=32, rank=256, rope=32, v=32)
+
+
+@pytest.mark.parametrize(
+    "dims",
+    [
+        Dims(heads=1, nope=8, rank=256, rope=16, v=8),
+        Dims(heads=3, nope=64, rank=256, rope=48, v=72),
+        Dims(heads=2),  # DeepSeek, Kimi
+        Dims(heads=2, nope=192, v=256),  # GLM-4.7-Flash
+        Dims(heads=2, nope=64, rank=256, rope=32, v=64),  # MiniCPM3
+    ],
+    ids=str,
+)
+def test_shapes(machine: Machine, dims: Dims) -> None:
+    """A chunk is 128 tokens in the emulation: the sequence ends in the second one."""
+    check(machine, AttentionCase([90], [70], dims=dims), "expanded")
+
+
+@pytest.mark.parametrize("cache_format", FORMATS)
+def test_sequences_at_the_edges_of_tiles_and_chunks(machine: Machine, cache_format: str) -> None:
+    dims = Dims(heads=1, nope=32, rank=256, rope=32, v=32)
+    case = AttentionCase([62, 63, 0, 127, 128, 255], [2, 1, 64, 1, 129, 2], dims=dims,
+                         cache_format=cache_format)  # fmt: skip
+    check(machine, case, "expanded")
+
+
+def test_long_calls_run_in_rounds(machine: Machine) -> None:
+    """In the emulation a round is one block of 128 tokens; on a GPU 8,000 at 16 heads."""
+    if machine.device.type == "cpu":
+        check(machine, AttentionCase([5, 70], [200, 3], dims=SMALL), "expanded")
+    else:
+        check(machine, AttentionCase([3000], [1100], dims=Dims(heads=128)), "expanded")
+
+
+@pytest.mark.parametrize(("steps", "mode"), [(42, "absorbed"), (43, "expanded")])
+def test_the_mode_with_fewer_operations_is_chosen(machine: Machine, steps: int, mode: str) -> None:
+    """Here 384 products a pair are spared, and a key and its value cost 256 (32 + 32)."""
+    case = AttentionCase([20], [steps], dims=SMALL)
+    chosen, _ = run_case(machine, case)
+    for name in ("absorbed", "expanded"):
+        output, _ = run_case(machine, case, mode=name)
+        assert torch.equal(output, chosen) == (name == mode)
+
+
+def test_chunks_too_small_to_pay_are_not_chosen() -> None:
+    """128 heads leave the emulation no more than the least chunk, a quarter of what pays."""
+    kernels = CudaKernels(build_emulation())
+    sizes = AttentionSizes(
+        batch=1, steps=500, table_pages=9, heads=128, nope=32, rank=256, rope=32, v=32,
+        cache_format="int4",
+    )  # fmt: skip
+
+    def needed(sizes: AttentionSizes) -> dict[str, int]:
+        return {
+            mode: kernels.workspace_bytes(dataclasses.replace(sizes, mode=mode))
+            for mode in ("auto", "absorbed", "expanded")
+        }
+
+    found = needed(sizes)
+    assert found["auto"] == found["absorbed"] != found["expanded"]
+    found = needed(dataclasses.replace(sizes, table_pages=2))  # all in one chunk
+    assert found["auto"] == found["expanded"] != found["absorbed"]
+
+
+@pytest.mark.parametrize("changes", [{"nope": 248}, {"v": 264}])
+def test_heads_too_wide_are_refused_or_absorbed(changes: dict[str, int]) -> None:
+    kernels = CudaKernels(build_emulation())
+    sizes = AttentionSizes(
+        batch=1, steps=3000, table_pages=50, heads=1, nope=32, rank=512, rope=16, v=32,
+        cache_format="int4",
+    )  # fmt: skip
+    sizes = dataclasses.replace(sizes, **changes)
+    absorbed = kernels.workspace_bytes(dataclasses.replace(sizes, mode="absorbed"))
+    assert kernels.workspace_bytes(sizes) == absorbed
+    with pytest.raises(CudaError, match="allowed: up to 256 each; let mode be auto"):
+        kernels.workspace_bytes(dataclasses.replace(sizes, mode="expanded"))
+
+
+@pytest.mark.parametrize(
+    "dims",
+    [
+        Dims(heads=1),
+        Dims(heads=1, nope=64, rank=256, rope=32, v=64),
+        Dims(heads=1, nope=192, v=256),
+    ],
+    ids=str,
+)
+def test_shared_memory_is_read_without_bank_conflicts(dims: Dims) -> None:
+    machine = Machine(build_emulation(), "cpu")
+    case = AttentionCase([0], [128], dims=dims)
+    emulation_wavefronts(forget=True)
+    run_case(machine, case, mode="expanded")
+    _, _, expand, attend = emulation_wavefronts()
+    print(expand, attend)
+    assert expand[0] == expand[1] > 0
+    assert attend[0] == attend[1] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache_format", FORMATS)
+def test_long_prompts_on_a_gpu(cache_format: str) -> None:
+    """Chunks of thousands of tokens, many blocks of rows."""
+    case = AttentionCase([9000, 130], [600, 1000], dims=Dims(heads=16), cache_format=cache_format)
+    output = check(gpu_machine(), case, "expanded")
+    absorbed = check(gpu_machine(), case, "absorbed")
+    assert Error.of(case.real(output), case.real(absorbed).double()).relative < 3e-3
