@@ -50,8 +50,12 @@ def test_int4_attention_spills_no_registers(resources: ModuleType, target: str) 
 
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc 13")
-def test_the_other_kernels_compile(resources: ModuleType) -> None:
-    found = resources.measure(NVCC, "latent_attention", "120")
+@pytest.mark.parametrize(("source", "target"), [("latent_attention", "120"), ("expanded", "86")])
+def test_the_other_kernels_spill_none_either(
+    resources: ModuleType, source: str, target: str
+) -> None:
+    found = resources.measure(NVCC, source, target)
+    assert len(found) == {"latent_attention": 9, "expanded": 7}[source]
     assert not any(kernel.spill_bytes for kernel in found)
 
 

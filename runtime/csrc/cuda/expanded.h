@@ -40,9 +40,10 @@ struct Expanded {
     // What a thread keeps between chunks: two rows of each row tile.
     struct State {
         float o[RowTiles][kValueTiles][4];
-        float max[RowTiles][2], sum[RowTiles][2];  // the sum over this lane's tokens
+        float max[RowTiles][2], sum[RowTiles][2];
     };
     static constexpr int kStateFloats = RowTiles * (4 * kValueTiles + 4);
+    static constexpr uint32_t kOnes = 0x3c003c00;  // two halves
 
     // ---- queries ----------------------------------------------------------------------------
 
@@ -193,27 +194,32 @@ struct Expanded {
 
     static MLA_DEVICE void add_values(const uint8_t* values, const Thread& thread,
                                       const float (&s)[RowTiles][kKeyTiles][4], State& state) {
+        uint32_t p[RowTiles][kTile / 16][4];
         MLA_UNROLL
-        for (int step = 0; step < kTile / 16; ++step) {
-            uint32_t a[RowTiles][4];
+        for (int t = 0; t < RowTiles; ++t) {
+            float sums[4] = {};  // of probabilities as rounded, so that weights add up to one
             MLA_UNROLL
-            for (int t = 0; t < RowTiles; ++t) {
+            for (int step = 0; step < kTile / 16; ++step) {
                 MLA_UNROLL
                 for (int i = 0; i < 4; ++i) {
                     const float (&from)[4] = s[t][2 * step + i / 2];
-                    a[t][i] = pack_half2(from[i % 2 * 2], from[i % 2 * 2 + 1]);
-                    // Of probabilities as rounded, so that weights add up to one.
-                    state.sum[t][i % 2] += half2_sum(a[t][i]);
+                    p[t][step][i] = pack_half2(from[i % 2 * 2], from[i % 2 * 2 + 1]);
                 }
+                mma(sums, p[t][step], kOnes, kOnes);
             }
+            state.sum[t][0] += sums[0];
+            state.sum[t][1] += sums[2];
+        }
+        MLA_UNROLL
+        for (int step = 0; step < kTile / 16; ++step) {
             MLA_UNROLL
             for (int j = 0; j < kValueTiles; j += 2) {
                 uint32_t b[4];
                 Values::columns_by_rows(values, step, j, thread.lane(), b);
                 MLA_UNROLL
                 for (int t = 0; t < RowTiles; ++t) {
-                    mma(state.o[t][j], a[t], b[0], b[1]);
-                    mma(state.o[t][j + 1], a[t], b[2], b[3]);
+                    mma(state.o[t][j], p[t][step], b[0], b[1]);
+                    mma(state.o[t][j + 1], p[t][step], b[2], b[3]);
                 }
             }
         }
@@ -235,7 +241,7 @@ struct Expanded {
             }
             MLA_UNROLL
             for (int half = 0; half < 2; ++half) {
-                const int at = 4 * RowTiles * kValueTiles + 4 * t + 2 * half;
+                const int at = RowTiles * kValueTiles * 4 + 4 * t + 2 * half;
                 each(state.max[t][half], at * kThreads + thread);
                 each(state.sum[t][half], (at + 1) * kThreads + thread);
             }
@@ -251,12 +257,9 @@ struct Expanded {
         for (int t = 0; t < RowTiles; ++t) {
             MLA_UNROLL
             for (int half = 0; half < 2; ++half) {
-                float sum = state.sum[t][half];
-                MLA_UNROLL
-                for (int mask = 1; mask < 4; mask *= 2) sum += shuffle_xor(sum, mask);
                 const int row = thread.warp() * kWarpRows + 16 * t + 8 * half + group;
                 if (first + row >= p.first_step + p.round_steps) continue;
-                const float scale = row < count ? 1 / sum : 0;
+                const float scale = row < count ? 1 / state.sum[t][half] : 0;
                 const int64_t at = (int64_t{b} * p.steps + first + row) * p.output.stride +
                                    int64_t{head} * p.v + 2 * quad;
                 MLA_UNROLL
