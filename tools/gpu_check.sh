@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything about CUDA that needs a GPU, in less than ten minutes: builds for this GPU, runs the
 # kernels' tests marked gpu, compute-sanitizer on the smaller ones, whole bundles through ONNX
-# Runtime, and the benchmarks.
+# Runtime, the benchmarks, and TensorRT-RTX where it is installed.
 #
 #     bash tools/gpu_check.sh [FOLDER]        results go to FOLDER (default: build/gpu)
 #
@@ -87,6 +87,13 @@ sys.exit("CUDAExecutionProvider" not in onnxruntime.get_available_providers()
 else
     echo "== no onnxruntime-gpu, or built without the engine: bundles are unchecked"
     failures=$((failures + 1))
+fi
+if "$venv/bin/python" -c 'import tensorrt_rtx' 2>/dev/null; then
+    stage tensorrt_probe 60 "$venv/bin/python" -P tools/tensorrt_probe.py
+    stage tensorrt 180 "${pytest[@]}" -s -m gpu tests/runtime/test_tensorrt.py \
+        tests/exporters/test_tensorrt_plugin.py
+else
+    echo "== no tensorrt-rtx: engines are unchecked"
 fi
 echo "== $failures stages failed, $((SECONDS - started)) s"
 exit $((failures > 0))
