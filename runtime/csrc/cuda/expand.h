@@ -188,6 +188,9 @@ struct Expand {
         for (int step = 0; step < kStages - 1; ++step) copy(step);
         const int lane = thread.lane(), group = lane / 4, quad = lane % 4;
         const int row = thread.warp() * kWarpTiles * 16;
+        const uint32_t a_place = Latents::rows_place(row, lane);
+        const uint32_t b_place =
+            ByRows ? ValueWeights::columns_by_rows_place(lane) : KeyWeights::columns_place(lane);
         float sums[kWarpTiles][kColumnTiles][4] = {};
         MLA_NO_UNROLL
         for (int step = 0; step * kPanelColumns < inner; ++step) {
@@ -201,14 +204,15 @@ struct Expand {
                 uint32_t a[kWarpTiles][4];
                 MLA_UNROLL
                 for (int t = 0; t < kWarpTiles; ++t)
-                    Latents::rows(stage, row + 16 * t, k, lane, a[t]);
+                    load_matrices(a[t], stage + Latents::moved(a_place, 16 * t, 2 * k));
                 MLA_UNROLL
                 for (int j = 0; j < kColumnTiles; j += 2) {
                     uint32_t w2[4];
                     if constexpr (ByRows)
-                        ValueWeights::columns_by_rows(weights, k, j, lane, w2);
+                        load_matrices_transposed(w2,
+                                                 weights + ValueWeights::moved(b_place, 16 * k, j));
                     else
-                        KeyWeights::columns(weights, 8 * j, k, lane, w2);
+                        load_matrices(w2, weights + KeyWeights::moved(b_place, 8 * j, 2 * k));
                     MLA_UNROLL
                     for (int t = 0; t < kWarpTiles; ++t) {
                         mma(sums[t][j], a[t], w2[0], w2[1]);

@@ -117,7 +117,8 @@ struct Expanded {
 
     static MLA_DEVICE void scores(const uint8_t* keys, const Thread& thread,
                                   float (&s)[RowTiles][kKeyTiles][4]) {
-        const int lane = thread.lane(), row = thread.warp() * kWarpRows;
+        const uint32_t q_place = Queries::rows_place(thread.warp() * kWarpRows, thread.lane());
+        const uint32_t k_place = Keys::columns_place(thread.lane());
         MLA_UNROLL
         for (int t = 0; t < RowTiles; ++t) {
             MLA_UNROLL
@@ -126,16 +127,16 @@ struct Expanded {
                 for (int i = 0; i < 4; ++i) s[t][j][i] = 0;
             }
         }
-        MLA_UNROLL_BY(2)
+        MLA_UNROLL
         for (int step = 0; step < KeyWidth / 16; ++step) {
             uint32_t a[RowTiles][4];
             MLA_UNROLL
             for (int t = 0; t < RowTiles; ++t)
-                Queries::rows(thread.shared, row + 16 * t, step, lane, a[t]);
+                load_matrices(a[t], thread.shared + Queries::moved(q_place, 16 * t, 2 * step));
             MLA_UNROLL
             for (int j = 0; j < kKeyTiles; j += 2) {
                 uint32_t b[4];
-                Keys::columns(keys, 8 * j, step, lane, b);
+                load_matrices(b, keys + Keys::moved(k_place, 8 * j, 2 * step));
                 MLA_UNROLL
                 for (int t = 0; t < RowTiles; ++t) {
                     mma(s[t][j], a[t], b[0], b[1]);
@@ -194,6 +195,7 @@ struct Expanded {
 
     static MLA_DEVICE void add_values(const uint8_t* values, const Thread& thread,
                                       const float (&s)[RowTiles][kKeyTiles][4], State& state) {
+        const uint32_t place = Values::columns_by_rows_place(thread.lane());
         uint32_t p[RowTiles][kTile / 16][4];
         MLA_UNROLL
         for (int t = 0; t < RowTiles; ++t) {
@@ -215,7 +217,7 @@ struct Expanded {
             MLA_UNROLL
             for (int j = 0; j < kValueTiles; j += 2) {
                 uint32_t b[4];
-                Values::columns_by_rows(values, step, j, thread.lane(), b);
+                load_matrices_transposed(b, values + Values::moved(place, 16 * step, j));
                 MLA_UNROLL
                 for (int t = 0; t < RowTiles; ++t) {
                     mma(state.o[t][j], p[t][step], b[0], b[1]);

@@ -39,22 +39,22 @@ struct Panels {
         }
     }
 
-    // Operand a of rows `row` to `row` + 15, columns 16 `step` to 16 `step` + 15.
-    static MLA_DEVICE void rows(const uint8_t* panels, int row, int step, int lane,
-                                uint32_t (&a)[4]) {
-        load_matrices(a, panels + at(row + lane % 16, 2 * step + lane / 16));
+    // Where a lane reads its share of four 8 x 8 matrices: the first of its places, of operand a of
+    // rows `row` to `row` + 15; of operands b0, b1 of two tiles of columns, of a matrix that is
+    // stored by columns; and of the same where it is stored by rows.
+    static MLA_DEVICE uint32_t rows_place(int row, int lane) {
+        return at(row + lane % 16, lane / 16);
     }
-    // Operands b0, b1 of two tiles, of matrices that are stored by columns: columns `row` to
-    // `row` + 7, and those behind; step as above.
-    static MLA_DEVICE void columns(const uint8_t* panels, int row, int step, int lane,
-                                   uint32_t (&b)[4]) {
-        load_matrices(b, panels + at(row + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+    static MLA_DEVICE uint32_t columns_place(int lane) {
+        return at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
     }
-    // The same where they are stored by rows: rows 16 `step` to 16 `step` + 15, columns 8 `chunk`
-    // to 8 `chunk` + 15.
-    static MLA_DEVICE void columns_by_rows(const uint8_t* panels, int step, int chunk, int lane,
-                                           uint32_t (&b)[4]) {
-        load_matrices_transposed(b, panels + at(16 * step + lane % 16, chunk + lane / 16));
+    static MLA_DEVICE uint32_t columns_by_rows_place(int lane) { return at(lane % 16, lane / 16); }
+
+    // `rows` rows (a multiple of 8) and `chunks` chunks (an even number) on from the first place.
+    // Permuted or not, that is a constant away, but for one bit.
+    static MLA_DEVICE uint32_t moved(uint32_t place, uint32_t rows, uint32_t chunks) {
+        return (place ^ chunks % kPanelChunks * kChunk) +
+               (chunks / kPanelChunks * Rows + rows) * kPanelChunks * kChunk;
     }
 };
 
