@@ -268,12 +268,13 @@ def test_an_engine_needs_the_library(bundles: dict[str, Path], tmp_path: Path) -
         )
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_tensorrt_builds_an_engine_with_the_plugin(
-    sources: dict[str, Path], tmp_path: Path
+    sources: dict[str, Path], tmp_path: Path, dtype: str
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     options = replace(
-        OPTIONS, onnx_only=False, targets=("sm89",), dtype="fp16", plugin_library=built_plugin()
+        OPTIONS, onnx_only=False, targets=("sm89",), dtype=dtype, plugin_library=built_plugin()
     )
     report = export_tensorrt(sources["int4"], tmp_path / "bundle", options)
     (made,) = report.engines
