@@ -8,6 +8,7 @@ BUILD_REQUIREMENTS := cmake ninja nanobind nanobind-backend nlohmann-json scikit
 # Two stamps: what is installed, and what is compiled, so that an edited C++ file costs seconds.
 PACKAGES := $(VENV)/.packages
 BUILT := $(VENV)/.built
+TENSORRT_HEADERS := build/tensorrt-headers/include/NvInferRuntime.h
 CPP := $(shell find runtime -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
@@ -16,7 +17,7 @@ CPP := $(shell find runtime -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -na
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(BUILT)  ## create .venv with all that the other targets need; nothing to do if up to date
+setup: $(BUILT) $(TENSORRT_HEADERS)  ## create .venv with all that the other targets need; nothing to do if up to date
 
 $(PACKAGES): pyproject.toml constraints.txt
 	@missing=; \
@@ -38,6 +39,11 @@ $(PACKAGES): pyproject.toml constraints.txt
 $(BUILT): $(PACKAGES) runtime/CMakeLists.txt mla_deploy/__init__.py $(CPP)
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
+
+# The tests of the TensorRT plugin are compiled against them; where they cannot be had, they are
+# skipped, and say why.
+$(TENSORRT_HEADERS): tools/fetch_tensorrt_headers.py | $(PACKAGES)
+	-$(BIN)/python tools/fetch_tensorrt_headers.py > /dev/null
 
 demo: setup  ## run the main job on the shipped model
 	PATH="$(ABSBIN):$$PATH" bash examples/demo.sh

@@ -6,6 +6,7 @@ described in ONNX Runtime's ContribOperators.md.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -19,6 +20,7 @@ from mla_deploy.exporters.onnx.attention_function import (
     OPSET,
     AttentionFunctions,
 )
+from mla_deploy.exporters.onnx.attention_node import latent_attention
 from mla_deploy.exporters.onnx.builder import DTYPES, GraphBuilder
 from mla_deploy.exporters.onnx.graph import Target
 from mla_deploy.exporters.onnx.ort_weights import (
@@ -67,8 +69,9 @@ class OnnxRuntime(Target):
 
 def table(functions: AttentionFunctions) -> dict[object, Lowering]:
     """The lowering table; attention bodies that come up are added to `functions`."""
-    lowerings: dict[object, Lowering] = {
+    return {
         **aten.TABLE,
+        ops.latent_attention.default: partial(latent_attention, functions=functions),
         ops.rms_norm.default: _rms_norm,
         ops.add_rms_norm.default: _add_rms_norm,
         ops.swiglu.default: _swiglu,
@@ -77,12 +80,6 @@ def table(functions: AttentionFunctions) -> dict[object, Lowering]:
         ops.moe.default: ort_moe.moe,
         ops.moe_quantized.default: ort_moe.moe_quantized,
     }
-
-    def latent_attention(c: Context, *arguments: Any) -> Any:
-        return _latent_attention(c, functions, *arguments)
-
-    lowerings[ops.latent_attention.default] = latent_attention
-    return lowerings
 
 
 def _rms_norm(c: Context, x: ir.Value, weight: Weight, epsilon: float) -> ir.Value:
@@ -184,61 +181,3 @@ def embedding_quantized(
         gather_axis=0,
         quantize_axis=1,
     )
-
-
-def attention_attributes(
-    c: Context,
-    w_uk: Weight,
-    w_uv: Weight,
-    cache_format: str,
-    softmax_scale: float,
-    latent_norm_epsilon: float,
-    mode: str,
-) -> dict[str, Any]:
-    """Attributes of the node `ai.mla_deploy::LatentAttention`."""
-    heads, nope, rank = w_uk.shape
-    return {
-        "cache_format": cache_format,
-        "kv_lora_rank": rank,
-        "latent_norm_epsilon": latent_norm_epsilon,
-        "mode": mode,
-        "num_heads": heads,
-        "qk_nope_head_dim": nope,
-        "qk_rope_head_dim": 2 * c.fakes[2].shape[-1],
-        "softmax_scale": softmax_scale,
-        "v_head_dim": w_uv.shape[2],
-    }
-
-
-def _latent_attention(
-    c: Context,
-    functions: AttentionFunctions,
-    q: ir.Value,
-    kv: ir.Value,
-    cos: ir.Value,
-    sin: ir.Value,
-    w_uk: Weight,
-    w_uv: Weight,
-    block_table: ir.Value,
-    past_lengths: ir.Value,
-    new_lengths: ir.Value,
-    cache: list[ir.Value],
-    cache_format: str,
-    softmax_scale: float,
-    latent_norm_epsilon: float,
-    mode: str,
-) -> tuple[ir.Value, list[ir.Value]]:
-    attributes = attention_attributes(
-        c, w_uk, w_uv, cache_format, softmax_scale, latent_norm_epsilon, mode
-    )
-    # The scope has the layer; the node is the one people look for.
-    output, *present = c.builder.op(
-        "LatentAttention",
-        *(q, kv, cos, sin, stored(c, w_uk), stored(c, w_uv)),
-        *(block_table, past_lengths, new_lengths, *cache),
-        domain=ATTENTION_DOMAIN,
-        overload=functions.overload(attributes, w_uk.dtype),
-        outputs=1 + len(cache),
-        **attributes,
-    )
-    return output, present

@@ -14,6 +14,8 @@ and outputs: `logits`, `present.{layer}.{part}` as the inputs, to be bound to th
 
 from __future__ import annotations
 
+from functools import partial
+
 import onnx_ir as ir
 import torch
 
@@ -21,11 +23,9 @@ from mla_deploy.cache import CachePart
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import ConfigError
 from mla_deploy.exporters.onnx.attention_function import ATTENTION_DOMAIN
+from mla_deploy.exporters.onnx.attention_node import latent_attention
 from mla_deploy.exporters.onnx.builder import DTYPES, GraphBuilder
 from mla_deploy.exporters.onnx.graph import SEQUENCE_INPUTS
-from mla_deploy.exporters.onnx.ort import attention_attributes
-from mla_deploy.exporters.onnx.translate import Context, Weight
-from mla_deploy.exporters.onnx.weights import plain_chunks
 from mla_deploy.exporters.tensorrt.capability import Capability
 from mla_deploy.exporters.tensorrt.target import TensorRt
 
@@ -76,7 +76,9 @@ class TensorRtPlugin(TensorRt):
         super().__init__(capability, dtype)
         self.table = {
             **self.table,
-            torch.ops.mla_deploy.latent_attention.default: _latent_attention,
+            torch.ops.mla_deploy.latent_attention.default: partial(
+                latent_attention, weight_dtype=torch.float16
+            ),
         }
         self.opset_imports = {**self.opset_imports, ATTENTION_DOMAIN: 1}
 
@@ -99,39 +101,3 @@ class TensorRtPlugin(TensorRt):
 def _plugin_dtype(part: CachePart) -> torch.dtype:
     """Plugins take no uint8; the bytes are the same."""
     return torch.int8 if part.dtype is torch.uint8 else part.dtype
-
-
-def _latent_attention(
-    c: Context,
-    q: ir.Value,
-    kv: ir.Value,
-    cos: ir.Value,
-    sin: ir.Value,
-    w_uk: Weight,
-    w_uv: Weight,
-    block_table: ir.Value,
-    past_lengths: ir.Value,
-    new_lengths: ir.Value,
-    cache: list[ir.Value],
-    cache_format: str,
-    softmax_scale: float,
-    latent_norm_epsilon: float,
-    mode: str,
-) -> tuple[ir.Value, list[ir.Value]]:
-    output, *present = c.builder.op(
-        "LatentAttention",
-        *(q, kv, cos, sin, _half(c, w_uk), _half(c, w_uv)),
-        *(block_table, past_lengths, new_lengths, *cache),
-        domain=ATTENTION_DOMAIN,
-        outputs=1 + len(cache),
-        **attention_attributes(
-            c, w_uk, w_uv, cache_format, softmax_scale, latent_norm_epsilon, mode
-        ),
-    )
-    return output, present
-
-
-def _half(c: Context, weight: Weight) -> ir.Value:
-    """A weight in float16, whatever the type of the activations."""
-    chunks = plain_chunks(weight.source, torch.float16)
-    return c.builder.initializer(weight.name, torch.float16, weight.shape, chunks)

