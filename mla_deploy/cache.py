@@ -149,6 +149,20 @@ def cache_record(name: str) -> CacheRecord:
     )
 
 
+def formats_of_layers(kv: str, layers: int, first: str | None = None) -> tuple[str, ...]:
+    """The record of each layer of a model whose cache is to be `kv`.
+
+    Args:
+        first: the record of the first layer. By default an `int4` cache has `int8` there: first
+            layers have heads that look at one or few tokens, so that rounding errors do not
+            average, and all that follows is built on them. A model of one layer has nothing that
+            follows, and keeps `kv`.
+    """
+    if first is None:
+        first = "int8" if kv == "int4" and layers > 1 else kv
+    return (first, *[kv] * (layers - 1))
+
+
 def pages_for(tokens: int) -> int:
     """Pages that hold `tokens` tokens."""
     return math.ceil(tokens / PAGE_TOKENS)
