@@ -5,7 +5,7 @@ Works on a config.json alone, on a checkpoint, and on a bundle; the last needs n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +159,7 @@ def _inspect_config(source: Path, recipes: Mapping[str, RecipeFor], verify: bool
     recipe = config.recipe
     formats = recipe.cache_formats(config.num_hidden_layers)
     is_quantised = recipe != unquantized(config).recipe
-    mixed = formats if is_quantised else formats_of_layers("int4", config.num_hidden_layers)
+    mixed = formats if is_quantised else formats_of_layers(config.num_hidden_layers)
     if len(set(mixed)) > 1:
         with suppress(ConfigError):  # the row of int4 says that it does not fit
             caches.append(_cache_cost(config, mixed))
@@ -178,7 +178,7 @@ def _inspect_config(source: Path, recipes: Mapping[str, RecipeFor], verify: bool
         weights=tuple(weights),
         recipe=recipe.to_json(),
         moe=config.moe,
-        stored_as=_joined(formats) if is_quantised else None,
+        stored_as=joined_formats(formats) if is_quantised else None,
         cache_layers=formats if is_quantised else (),
         verified=verify,
         source_quantization=config.source_quantization,
@@ -196,11 +196,20 @@ def _cache_cost(config: MlaConfig, layers: tuple[str, ...]) -> CacheCost:
 def _cost(layers: tuple[str, ...], total: int) -> CacheCost:
     each = total / len(layers)
     mean = int(each) if each.is_integer() else each
-    return CacheCost(_joined(layers), mean, total, layers if len(set(layers)) > 1 else ())
+    return CacheCost(joined_formats(layers), mean, total, layers if len(set(layers)) > 1 else ())
 
 
-def _joined(layers: tuple[str, ...]) -> str:
+def joined_formats(layers: Sequence[str]) -> str:
+    """The name in `--json` of a cache whose layers have these records: `int4`, `int4+int8`."""
     return "+".join(sorted(set(layers)))
+
+
+def described_formats(layers: Sequence[str]) -> str:
+    """The same for people: `int4`, `int4 (first layer int8)`, `int2+int3+int8`."""
+    first, *others = layers
+    if len(set(others)) == 1 and first != others[0]:
+        return f"{others[0]} (first layer {first})"
+    return joined_formats(layers)
 
 
 def _inspect_bundle(folder: Path, verify: bool) -> Inspection:
@@ -217,7 +226,7 @@ def _inspect_bundle(folder: Path, verify: bool) -> Inspection:
         weights=(WeightCost("bundle", weights),),
         recipe=manifest.recipe,
         files=tuple(manifest.files),
-        stored_as=_joined(layers),
+        stored_as=joined_formats(layers),
         cache_layers=layers,
         verified=verify,
     )

@@ -40,8 +40,8 @@ class QuantizeOptions:
     """The cache record: a name of `mla_deploy.cache.cache_formats()`, or `auto`: each layer's own,
     by calibration and budget."""
     kv_first: str | None = None
-    """The record of the first layer's cache. Default: `int8` where `kv` is `int4` and the model has
-    more layers than one, else as `kv`. `int4` gives every layer the same."""
+    """The record of the first layer's cache. Default: `int8` where `kv` is `int4` or `int4-g32` and
+    the model has more than one layer, else as `kv`, whose own name gives every layer the same."""
     kv_budget: float | None = None
     """Bytes of cache a token and layer, on average; for `auto`."""
     calibration: tuple[str, ...] = ()
@@ -161,7 +161,7 @@ def recipe_for(
     if kv == AUTO:
         kv = auto_formats(config)[0]
         check_budget(config, options.kv_budget or 0.0)
-    cache = formats_of_layers(kv, config.num_hidden_layers, options.kv_first)
+    cache = formats_of_layers(config.num_hidden_layers, kv, options.kv_first)
     for name in dict.fromkeys((kv, *cache)):
         cache_record(name).parts(config.kv_lora_rank, config.qk_rope_head_dim)
     is_half = options.chosen("embedding") != "none"
@@ -188,7 +188,10 @@ def recipe_for(
     if choices is None:
         return _with_layers(
             recipe,
-            [(name, block, block is not None) for name, block in zip(cache, rotations, strict=True)],
+            [
+                (name, block, block is not None)
+                for name, block in zip(cache, rotations, strict=True)
+            ],
         )
     calibrated = [
         (

@@ -78,6 +78,8 @@ def _text(found: Inspection, memory: int | None) -> str:
 
 
 def _geometry(found: Inspection) -> list[tuple[str, str]]:
+    from mla_deploy.inspection import described_formats
+
     model = found.model
     heads = f"{model.num_attention_heads} of nope {model.qk_nope_head_dim} + rope "
     heads += f"{model.qk_rope_head_dim}, value {model.v_head_dim}"
@@ -99,7 +101,7 @@ def _geometry(found: Inspection) -> list[tuple[str, str]]:
         ("context", f"{table.count(model.max_position_embeddings)} tokens"),
     ]
     if found.stored_as is not None:
-        entries.append(("cache", table.formats(found.cache_layers)))
+        entries.append(("cache", described_formats(found.cache_layers)))
     return entries
 
 
@@ -121,7 +123,9 @@ def _caches(found: Inspection) -> str:
 
 
 def _name(cache: CacheCost) -> str:
-    return table.formats(cache.layers or (cache.format,))
+    from mla_deploy.inspection import described_formats
+
+    return described_formats(cache.layers or (cache.format,))
 
 
 def _weights(found: Inspection) -> str:

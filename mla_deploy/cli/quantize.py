@@ -39,8 +39,8 @@ KINDS = {
 )
 @click.option(
     "--kv-first",
-    help="Cache of the first layer. Default: int8 where --kv is int4, else as --kv; int4 gives "
-    "every layer the same.",
+    help="Cache of the first layer. Default: int8 where --kv is int4 or int4-g32, else as --kv, "
+    "whose own name gives every layer the same.",
 )
 @click.option(
     "--kv-budget", type=float, help="With --kv auto: bytes a token and layer, on average."
@@ -122,6 +122,8 @@ def command(
 
 
 def _text(output: Path, report: QuantizeReport) -> str:
+    from mla_deploy.inspection import described_formats
+
     rows = [
         (
             KINDS.get(name, name),
@@ -140,7 +142,7 @@ def _text(output: Path, report: QuantizeReport) -> str:
     ratio = report.source_bytes / max(1, report.output_bytes)
     entries = [
         ("output", str(output)),
-        ("cache", table.formats([layer.cache_format for layer in layers])),
+        ("cache", described_formats([layer.cache_format for layer in layers])),
         (
             "weights",
             f"{table.size(report.source_bytes)} to {table.size(report.output_bytes)} "

@@ -27,14 +27,6 @@ def pairs(entries: Sequence[tuple[str, str]], indent: int = 2) -> str:
     )
 
 
-def formats(layers: Sequence[str]) -> str:
-    """The cache records of a model's layers: `int4`, or `int4 (first layer int8)`."""
-    first, *others = layers
-    if len(set(others)) == 1 and first != others[0]:
-        return f"{others[0]} (first layer {first})"
-    return "+".join(sorted(set(layers)))
-
-
 def count(number: int) -> str:
     """1234567 as `1,234,567`."""
     return f"{number:,}"
