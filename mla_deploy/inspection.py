@@ -159,10 +159,11 @@ def _inspect_config(source: Path, recipes: Mapping[str, RecipeFor], verify: bool
     recipe = config.recipe
     formats = recipe.cache_formats(config.num_hidden_layers)
     is_quantised = recipe != unquantized(config).recipe
-    mixed = formats if is_quantised else formats_of_layers(config.num_hidden_layers)
-    if len(set(mixed)) > 1:
-        with suppress(ConfigError):  # the row of int4 says that it does not fit
-            caches.append(_cache_cost(config, mixed))
+    made = [formats_of_layers(config.num_hidden_layers, name) for name in cache_formats()]
+    for layers in [formats] if is_quantised else made:
+        if len(set(layers)) > 1:
+            with suppress(ConfigError):  # the record's own row says that it does not fit
+                caches.append(_cache_cost(config, layers))
     weights = [WeightCost("as stored", stored_bytes(config, recipe))] if is_quantised else []
     for name, recipe_for in recipes.items():
         try:

@@ -68,8 +68,9 @@ def test_a_config_alone_tells_parameters_and_cache(v2_lite: Path, values_of: Val
     per_layer = found["kv_bytes_per_token_per_layer"]
     assert per_layer.items() >= {"int4": 360, "int8": 600, "fp16": 1152, "fp32": 2304}.items()
     assert found["kv_bytes_per_token"]["int4"] == 360 * 27
-    # What `quantize` makes by default: int8 in the first layer.
+    # What `quantize` makes: int8 in the first layer.
     assert found["kv_bytes_per_token"]["int4+int8"] == 360 * 26 + 600
+    assert found["kv_bytes_per_token"]["int4-g32+int8"] == 392 * 26 + 600
     assert per_layer["int4+int8"] == pytest.approx((360 * 26 + 600) / 27)
     # A key of 192 and a value of 128 for each of 16 heads, 2 bytes each.
     assert found["mha_fp16_bytes_per_token_per_layer"] == 10240
