@@ -9,6 +9,7 @@ prefix.
 
 - `transformers`: QuantizedCache with the hqq backend, keys and values of every head, which
   quantises its whole history again whenever its residual window is full;
+- `int4, default`: what `quantize` makes without options, int8 in the first layer;
 - `int4, N times`: our record, encoded and decoded N times over, as if history were quantised again;
 - `llama.cpp`: itself, on the same weights in float32, with `--llama-python`: the Python of an
   environment that has llama-cpp-python. Its f16 row says how far its arithmetic is from ours;
@@ -74,22 +75,22 @@ def ggml(bits: int) -> Restore:
 
 
 def ours(
-    run: WindowRun, restore: Restore | None, rotations: Rotations, prefix: int
+    run: WindowRun, restores: Sequence[Restore], rotations: Rotations, prefix: int
 ) -> torch.Tensor:
-    """Log-probabilities behind the prefix, every token of the cache restored."""
+    """Log-probabilities behind the prefix, every token of each layer's cache restored."""
     plain = attention.new_latents
-
-    def patched(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        c_kv, k_pe = plain(*arguments)
-        if restore is None:
-            return c_kv, k_pe
-        c_kv, k_pe = restore(c_kv[0], k_pe[0])
-        return c_kv.unsqueeze(0), k_pe.unsqueeze(0)
-
-    attention.new_latents = patched
+    state: Any = run.start
     try:
-        state: Any = run.start
-        for layer in range(run.config.num_hidden_layers):
+        for layer, restore in enumerate(restores):
+
+            def patched(
+                *arguments: Any, restore: Restore = restore
+            ) -> tuple[torch.Tensor, torch.Tensor]:
+                c_kv, k_pe = plain(*arguments)
+                c_kv, k_pe = restore(c_kv[0], k_pe[0])
+                return c_kv.unsqueeze(0), k_pe.unsqueeze(0)
+
+            attention.new_latents = patched
             with rotated(run.attention(layer), rotations[layer]):
                 state = run.layer(layer, *state)
         return run.log_probabilities(*state)[prefix:]
@@ -167,6 +168,7 @@ def main() -> None:
             "hqq", peer.config, nbits=bits, axis_key=axis, axis_value=axis, q_group_size=group
         )
 
+    unrounded = [times(cache_record("int4"), 0)] * config.num_hidden_layers
     plain: Rotations = [None] * config.num_hidden_layers
     hadamard = [LatentRotation(hadamard_block(rank))] * config.num_hidden_layers
     record = cache_record("int4")
@@ -174,8 +176,11 @@ def main() -> None:
     size8 = cache_record("int8").bytes_per_token(rank, rope)
     ways: dict[str, tuple[float, Callable[[torch.Tensor, WindowRun], torch.Tensor]]] = {}
 
-    def add(name: str, size: float, restore: Restore, rotations: Rotations) -> None:
-        ways[name] = size, lambda _, run: ours(run, restore, rotations, args.prefix)
+    def add(
+        name: str, size: float, restore: Restore, rotations: Rotations, first: Restore | None = None
+    ) -> None:
+        restores = [first or restore, *[restore] * (config.num_hidden_layers - 1)]
+        ways[name] = size, lambda _, run: ours(run, restores, rotations, args.prefix)
 
     def add_peer(name: str, size: float, make: Callable[[], Any]) -> None:
         ways[name] = (
@@ -186,7 +191,10 @@ def main() -> None:
     add_peer("transformers, unquantised", 4 * values, lambda: DynamicCache())
     add("int8, hadamard", size8, times(cache_record("int8"), 1), hadamard)
     add("int4, hadamard", own, times(record, 1), hadamard)
-    add("int4, weights", own, times(record, 1), rotations_of_weights(args.model))
+    by_weights = rotations_of_weights(args.model)
+    mean = own + (size8 - own) / config.num_hidden_layers
+    add("int4, default", mean, times(record, 1), by_weights, times(cache_record("int8"), 1))
+    add("int4, weights", own, times(record, 1), by_weights)
     add("int4, hadamard, 16 times", own, times(record, 16), hadamard)
     if args.calibration is not None:
         text = CalibrationText.read([args.calibration], args.model, config, 1536)
@@ -211,7 +219,8 @@ def main() -> None:
     print(f"behind a prefix of {args.prefix}, {args.windows} windows of {args.length}\n")
     print("| cache | bytes | perplexity | KL | p99 | top-1 |\n|---|---|---|---|---|---|")
     exact = [
-        ours(WindowRun(model, config, ids.tolist()), None, plain, args.prefix) for ids in windows
+        ours(WindowRun(model, config, ids.tolist()), unrounded, plain, args.prefix)
+        for ids in windows
     ]
     base = _perplexity(exact, windows, args.prefix)
 

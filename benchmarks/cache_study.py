@@ -143,6 +143,11 @@ def main() -> None:
         name = formats[at]
         for kind in ("hadamard", "weights", "balanced", "none"):
             yield f"{name}, {kind}", sizes[name], [(name, one[kind]) for one in tried]
+        if name != "int8":
+            mean = sizes[name] + (sizes["int8"] - sizes[name]) / layers
+            caches = [("int8", tried[0]["weights"])]
+            caches += [(name, one["weights"]) for one in tried[1:]]
+            yield f"{name}, weights, int8 in the first layer", mean, caches
         best = [layer[at].rotation for layer in measured.layers]
         if len(set(best)) > 1:
             caches = [(name, one[kind]) for one, kind in zip(tried, best, strict=True)]

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from mla_deploy.cache import formats_of_layers
 from mla_deploy.evaluate import evaluate
 from mla_deploy.evaluate.journal import Journal
 from mla_deploy.evaluate.retrieval import DEPTHS, score_synthetic
@@ -171,7 +172,8 @@ def heal(path: Path, args: argparse.Namespace) -> None:
             report = convert_checkpoint(path, healed, healing)
             quantize_checkpoint(healed, int4, QuantizeOptions(kv="int4", weights="none"))
             share = report.geometry.ratio(source)
-            kept = report.bytes_per_token()["int4"] / report.source_bytes_per_token
+            formats = formats_of_layers(source.num_hidden_layers)
+            kept = report.bytes_per_token()[formats] / report.source_bytes_per_token
             for model, size in ((plain, share), (healed, share), (int4, kept)):
                 loss, recall = measured(model, args)
                 row = (

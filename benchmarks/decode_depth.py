@@ -3,10 +3,11 @@
     python benchmarks/decode_depth.py [--depth 0,8192,32768] [-r 5] [--llama-python PYTHON]
 
 The model is the synthetic one of 0.71 B parameters (`make_synthetic.py`), made once in build/bench:
-ours with int4 weights, the output matrix included, and an int4 cache; llama.cpp's as a Q4_0 GGUF of
-the same checkpoint. Every engine is a process of its own; they take turns, one repetition each, so
-that a change of the machine's speed meets them all. Given are medians and ranges, the ratio of our
-median to that of llama.cpp's fastest variant, bytes of cache a token, and peak resident memory.
+ours with int4 weights, the output matrix included, and int4 in every layer's cache; llama.cpp's as
+a Q4_0 GGUF of the same checkpoint. Every engine is a process of its own; they take turns, one
+repetition each, so that a change of the machine's speed meets them all. Given are medians and
+ranges, the ratio of our median to that of llama.cpp's fastest variant, bytes of cache a token, and
+peak resident memory.
 
 llama.cpp is no dependency: `pip install -e '.[peers]'` builds llama-cpp-python from its source
 (about ten minutes), here or in another environment that --llama-python names. Behind a depth lies a
@@ -29,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 WORK = HERE.parent / "build" / "bench" / "synthetic"
 PREFILL_TOKENS = 512
 SLACK = 512 + 64  # tokens behind the deepest depth
-QUANTIZE = ("--kv", "int4", "--weights", "int4", "--lm-head", "int4")
+QUANTIZE = ("--kv", "int4", "--kv-first", "int4", "--weights", "int4", "--lm-head", "int4")
 
 
 @dataclass

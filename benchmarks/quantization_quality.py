@@ -27,8 +27,11 @@ from mla_deploy.quant.quantize import quantize_checkpoint
 
 FLOAT = QuantizeOptions(kv="fp32", weights="none")
 CASES = {
-    "kv int4": QuantizeOptions(kv="int4", weights="none"),
-    "kv int4, not rotated": QuantizeOptions(kv="int4", weights="none", rotate=False),
+    "kv int4 (first layer int8)": QuantizeOptions(kv="int4", weights="none"),
+    "kv int4 in every layer": QuantizeOptions(kv="int4", kv_first="int4", weights="none"),
+    "kv int4 in every layer, not rotated": QuantizeOptions(
+        kv="int4", kv_first="int4", weights="none", rotate=False
+    ),
     "kv int8": QuantizeOptions(kv="int8", weights="none"),
     "kv int8, not rotated": QuantizeOptions(kv="int8", weights="none", rotate=False),
     "kv fp16": QuantizeOptions(kv="fp16", weights="none"),

@@ -32,6 +32,9 @@ from mla_deploy.modules.base import parameter_sources
 from mla_deploy.quant.options import QuantizeOptions, recipe_for
 from mla_deploy.quant.quantize import quantize_checkpoint
 
+OPTIONS = QuantizeOptions(kv_first="int4")
+"""One record in all layers: a few layers stand for many."""
+
 
 def v2_lite(folder: Path, vocab: int) -> Path:
     """Two layers of DeepSeek-V2-Lite's size with random codes: no solver, so made in seconds."""
@@ -42,7 +45,7 @@ def v2_lite(folder: Path, vocab: int) -> Path:
     raw = config_json(arguments)
     path = folder / "config.json"
     path.write_text(json.dumps(raw))
-    recipe = recipe_for(load_config(folder), QuantizeOptions())
+    recipe = recipe_for(load_config(folder), OPTIONS)
     path.write_text(json.dumps(raw | {"mla_deploy": recipe.to_json()}))
     for name in TOKENIZER_FILES:
         (folder / name).write_bytes((TOKENIZER / name).read_bytes())
@@ -80,7 +83,7 @@ def main() -> None:
         folder = Path(scratch)
         if args.model == "tiny":
             source = folder / "source"
-            quantize_checkpoint(TOKENIZER, source, QuantizeOptions())
+            quantize_checkpoint(TOKENIZER, source, OPTIONS)
         else:
             source = v2_lite(folder / "source", args.vocab)
         for dtype in args.dtypes.split(","):

@@ -149,6 +149,21 @@ def cache_record(name: str) -> CacheRecord:
     )
 
 
+def formats_of_layers(layers: int, kv: str = "int4", first: str | None = None) -> tuple[str, ...]:
+    """The record of each of so many layers, as `quantize` gives them.
+
+    Args:
+        kv: the record of all layers but the first.
+        first: the record of the first layer. By default a cache of 4 bits has `int8` there: first
+            layers have heads that look at one or few tokens, so that rounding errors do not
+            average, and all that follows is built on them. A model of one layer has nothing that
+            follows, and keeps `kv`.
+    """
+    if first is None:
+        first = "int8" if kv in ("int4", "int4-g32") and layers > 1 else kv
+    return (first, *[kv] * (layers - 1))
+
+
 def pages_for(tokens: int) -> int:
     """Pages that hold `tokens` tokens."""
     return math.ceil(tokens / PAGE_TOKENS)

@@ -5,7 +5,8 @@ Works on a config.json alone, on a checkpoint, and on a bundle; the last needs n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +30,12 @@ class CacheCost:
     """What one token costs in one cache format, scales and zeros included."""
 
     format: str
+    """A record's name; joined by `+` where layers differ."""
     bytes_per_token_per_layer: float | None
     """None: the format cannot hold a latent of this size. The mean where layers differ."""
     bytes_per_token: int | None
+    layers: tuple[str, ...] = ()
+    """The record of each layer, where they differ."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,9 @@ class Inspection:
     files: tuple[FileEntry, ...] = ()
     """Of a bundle."""
     stored_as: str | None = None
-    """The cache format of a quantised checkpoint or a bundle."""
+    """The cache format of a quantised checkpoint or a bundle, as in `caches`."""
+    cache_layers: tuple[str, ...] = ()
+    """The same for each layer."""
     verified: bool = False
     source_quantization: str | None = None
     """Who quantised the weights, which then cannot be used as they are."""
@@ -133,7 +139,7 @@ def stored_bytes(config: MlaConfig, recipe: Recipe) -> int:
 
 
 def _inspect_config(source: Path, recipes: Mapping[str, RecipeFor], verify: bool) -> Inspection:
-    from mla_deploy.cache import cache_formats, cache_record
+    from mla_deploy.cache import cache_formats, formats_of_layers
     from mla_deploy.checkpoint import Checkpoint
     from mla_deploy.config import load_config
     from mla_deploy.model import build, count_parameters, unquantized
@@ -147,14 +153,17 @@ def _inspect_config(source: Path, recipes: Mapping[str, RecipeFor], verify: bool
     caches = []
     for name in cache_formats():
         try:
-            each = cache_record(name).bytes_per_token(config.kv_lora_rank, config.qk_rope_head_dim)
+            caches.append(_cache_cost(config, (name,) * config.num_hidden_layers))
         except ConfigError:
             caches.append(CacheCost(name, None, None))
-        else:
-            caches.append(CacheCost(name, each, each * config.num_hidden_layers))
     recipe = config.recipe
     formats = recipe.cache_formats(config.num_hidden_layers)
     is_quantised = recipe != unquantized(config).recipe
+    made = [formats_of_layers(config.num_hidden_layers, name) for name in cache_formats()]
+    for layers in [formats] if is_quantised else made:
+        if len(set(layers)) > 1:
+            with suppress(ConfigError):  # the record's own row says that it does not fit
+                caches.append(_cache_cost(config, layers))
     weights = [WeightCost("as stored", stored_bytes(config, recipe))] if is_quantised else []
     for name, recipe_for in recipes.items():
         try:
@@ -170,30 +179,56 @@ def _inspect_config(source: Path, recipes: Mapping[str, RecipeFor], verify: bool
         weights=tuple(weights),
         recipe=recipe.to_json(),
         moe=config.moe,
-        stored_as="+".join(sorted(set(formats))) if is_quantised else None,
+        stored_as=joined_formats(formats) if is_quantised else None,
+        cache_layers=formats if is_quantised else (),
         verified=verify,
         source_quantization=config.source_quantization,
     )
 
 
+def _cache_cost(config: MlaConfig, layers: tuple[str, ...]) -> CacheCost:
+    """Raises a ConfigError where a record cannot hold the latent."""
+    from mla_deploy.cache import cache_record
+
+    sizes = config.kv_lora_rank, config.qk_rope_head_dim
+    return _cost(layers, sum(cache_record(name).bytes_per_token(*sizes) for name in layers))
+
+
+def _cost(layers: tuple[str, ...], total: int) -> CacheCost:
+    each = total / len(layers)
+    mean = int(each) if each.is_integer() else each
+    return CacheCost(joined_formats(layers), mean, total, layers if len(set(layers)) > 1 else ())
+
+
+def joined_formats(layers: Sequence[str]) -> str:
+    """The name in `--json` of a cache whose layers have these records: `int4`, `int4+int8`."""
+    return "+".join(sorted(set(layers)))
+
+
+def described_formats(layers: Sequence[str]) -> str:
+    """The same for people: `int4`, `int4 (first layer int8)`, `int2+int3+int8`."""
+    first, *others = layers
+    if len(set(others)) == 1 and first != others[0]:
+        return f"{others[0]} (first layer {first})"
+    return joined_formats(layers)
+
+
 def _inspect_bundle(folder: Path, verify: bool) -> Inspection:
     bundle = Bundle.open(folder, verify=verify)
     manifest = bundle.manifest
-    layers = manifest.cache.layers
-    name = "+".join(sorted({layer.format for layer in layers}))
-    total = bundle.kv_bytes_per_token
-    each = total / len(layers)
+    layers = tuple(layer.format for layer in manifest.cache.layers)
     graph = manifest.graph.path
     weights = sum(entry.bytes for entry in manifest.files if entry.path.startswith(graph))
     return Inspection(
         path=folder,
         kind="bundle",
         model=manifest.model,
-        caches=(CacheCost(name, int(each) if each == int(each) else each, total),),
+        caches=(_cost(layers, bundle.kv_bytes_per_token),),
         weights=(WeightCost("bundle", weights),),
         recipe=manifest.recipe,
         files=tuple(manifest.files),
-        stored_as=name,
+        stored_as=joined_formats(layers),
+        cache_layers=layers,
         verified=verify,
     )
 

@@ -18,7 +18,6 @@ from mla_deploy.model import load_model
 from mla_deploy.output import writing
 from mla_deploy.quant.allocate import Choice, Point, allocate, decide
 from mla_deploy.quant.calibrate import (
-    AUTO,
     AUTO_FORMATS,
     CacheChoice,
     Calibration,
@@ -86,7 +85,7 @@ def choose_cache(
     source: Path,
     config: MlaConfig,
     text: CalibrationText,
-    kv: str,
+    formats: Sequence[str] | None,
     budget: float | None,
     rotate: bool | None,
     progress: Progress | None = None,
@@ -95,19 +94,19 @@ def choose_cache(
 
     Args:
         config: of the unquantised model.
-        kv: a record's name, or `auto`.
-        budget: bytes a token and layer on average, for `auto`.
+        formats: the record of each layer; None: to be chosen.
+        budget: bytes a token and layer on average, where they are chosen.
         rotate: as in `calibrate`.
     """
     model = load_model(source)
-    formats = auto_formats(config) if kv == AUTO else (kv,)
+    tried_formats = auto_formats(config) if formats is None else tuple(dict.fromkeys(formats))
     measured, tried = calibrate(
         model,
         config,
         text,
-        formats,
+        tried_formats,
         rotate=rotate,
-        measures_kl=kv == AUTO,
+        measures_kl=formats is None,
         progress=progress,
     )
 
@@ -116,8 +115,10 @@ def choose_cache(
         return [(one.format, tried[at][one.rotation]) for at, one in enumerate(picked)]
 
     points: tuple[Point, ...] = ()
-    chosen: Sequence[int] = [0] * len(measured.layers)
-    if kv == AUTO:
+    chosen: Sequence[int]
+    if formats is not None:
+        chosen = [tried_formats.index(name) for name in formats]
+    else:
         assert budget is not None
         items = [
             [Choice(one.format, one.bytes, one.kl or 0.0) for one in layer]

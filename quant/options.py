@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
-from mla_deploy.cache import cache_record
+from mla_deploy.cache import cache_record, formats_of_layers
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import UsageError
 from mla_deploy.model import build
@@ -39,6 +39,9 @@ class QuantizeOptions:
     kv: str = "int4"
     """The cache record: a name of `mla_deploy.cache.cache_formats()`, or `auto`: each layer's own,
     by calibration and budget."""
+    kv_first: str | None = None
+    """The record of the first layer's cache. Default: `int8` where `kv` is `int4` or `int4-g32` and
+    the model has more than one layer, else as `kv`, whose own name gives every layer the same."""
     kv_budget: float | None = None
     """Bytes of cache a token and layer, on average; for `auto`."""
     calibration: tuple[str, ...] = ()
@@ -68,6 +71,12 @@ class QuantizeOptions:
 
     def __post_init__(self) -> None:
         self._check_budget("--kv", self.kv, self.kv_budget, "cache formats", "360")
+        if self.kv == AUTO and self.kv_first is not None:
+            raise UsageError(
+                "the first layer's cache is chosen like that of the others",
+                found=f"--kv auto --kv-first {self.kv_first}",
+                hint="leave one of them out",
+            )
         self._check_budget("--weights", self.weights, self.weights_budget, "weight formats", "5")
         if self.feedback and not self.calibration:
             raise UsageError(
@@ -152,12 +161,15 @@ def recipe_for(
     if kv == AUTO:
         kv = auto_formats(config)[0]
         check_budget(config, options.kv_budget or 0.0)
-    cache_record(kv).parts(config.kv_lora_rank, config.qk_rope_head_dim)
+    cache = formats_of_layers(config.num_hidden_layers, kv, options.kv_first)
+    for name in dict.fromkeys((kv, *cache)):
+        cache_record(name).parts(config.kv_lora_rank, config.qk_rope_head_dim)
     is_half = options.chosen("embedding") != "none"
-    rotation = _rotation(config, options)
+    rotations = [_rotation(config, options, name) for name in cache]
+    rotation = _rotation(config, options, kv)
     recipe = Recipe(
         cache_format=kv,
-        gamma_folded=is_half or rotation is not None,
+        gamma_folded=is_half or any(block is not None for block in rotations),
         latent_rotation=rotation,
         balanced=rotation is not None,
         half_precision=is_half,
@@ -173,22 +185,30 @@ def recipe_for(
         embedding=formats.get("embedding"),
         lm_head=formats.get("lm_head"),
     )
-    return recipe if choices is None else _calibrated(recipe, choices)
-
-
-def _calibrated(recipe: Recipe, choices: CacheChoices) -> Recipe:
-    """The recipe with each layer's cache; layers that are all alike are not listed."""
-    layers = tuple(
-        LayerRecipe(
+    if choices is None:
+        return _with_layers(
+            recipe,
+            [
+                (name, block, block is not None)
+                for name, block in zip(cache, rotations, strict=True)
+            ],
+        )
+    calibrated = [
+        (
             choice.format,
             None if rotation is None else rotation.block,
             rotation is not None and rotation.axes is not None,
-            recipe.linear,
-            recipe.experts,
         )
         for choice, rotation in zip(choices.chosen, choices.rotations, strict=True)
-    )
-    full = replace(recipe, gamma_folded=True, layers=layers)
+    ]
+    return _with_layers(replace(recipe, gamma_folded=True), calibrated)
+
+
+def _with_layers(recipe: Recipe, caches: Iterable[tuple[str, int | None, bool]]) -> Recipe:
+    """The recipe with each layer's cache: record, rotation, whether it is balanced. Layers that are
+    all alike are not listed."""
+    layers = tuple(LayerRecipe(*cache, recipe.linear, recipe.experts) for cache in caches)
+    full = replace(recipe, layers=layers)
     return full if len(set(layers)) > 1 else full.of_layer(0)
 
 
@@ -222,10 +242,11 @@ def matrices(model: Decoder) -> Iterator[Matrix]:
                     yield Matrix(kind, base, shape[-1] * values_per_column, weight_format)
 
 
-def _rotation(config: MlaConfig, options: QuantizeOptions) -> int | None:
+def _rotation(config: MlaConfig, options: QuantizeOptions, cache_format: str) -> int | None:
+    """The Hadamard blocks of a layer whose cache is that record."""
     block = hadamard_block(config.kv_lora_rank)
     if options.rotate is None:
-        is_whole = options.kv in _ROTATED_CACHES or options.kv == AUTO
+        is_whole = cache_format in _ROTATED_CACHES
         return block if is_whole and block > 1 else None
     if options.rotate and block == 1:
         raise UsageError(

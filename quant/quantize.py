@@ -28,7 +28,7 @@ from mla_deploy.quant.cache_choice import (
     remove_axes,
     save_choices,
 )
-from mla_deploy.quant.calibrate import CalibrationText
+from mla_deploy.quant.calibrate import AUTO, CalibrationText
 from mla_deploy.quant.feedback import measure_moments, moments_of, remove_moments
 from mla_deploy.quant.hqq_source import open_source, options_of_source
 from mla_deploy.quant.options import QuantizeOptions, recipe_for
@@ -183,7 +183,7 @@ def quantize_checkpoint(
     with workspace(out, _job(checkpoint, raw_config, options, text)) as folder:
         moments = None
         if text is not None:
-            choices = _calibrate(source, folder, config, text, options, progress)
+            choices = _calibrate(source, folder, config, text, options, recipe, progress)
             recipe = recipe_for(config, options, choices)
             if options.feedback:
                 measure_moments(source, folder, config, text, progress)
@@ -224,13 +224,15 @@ def _calibrate(
     config: MlaConfig,
     text: CalibrationText,
     options: QuantizeOptions,
+    recipe: Recipe,
     progress: Progress | None,
 ) -> CacheChoices:
     """Calibrate once: a resumed run must fold the very matrices that are in finished shards."""
     choices = load_choices(folder)
     if choices is None:
+        formats = None if options.kv == AUTO else recipe.cache_formats(config.num_hidden_layers)
         choices = choose_cache(
-            source, config, text, options.kv, options.kv_budget, options.rotate, progress
+            source, config, text, formats, options.kv_budget, options.rotate, progress
         )
         save_choices(folder, choices)
     return choices

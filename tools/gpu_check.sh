@@ -81,7 +81,7 @@ sys.exit("CUDAExecutionProvider" not in onnxruntime.get_available_providers()
     LINES_SHOWN=30 stage speed 240 bash -ec "
         rm -rf '$out/model' '$out/small' '$out/bundle'
         '$venv/bin/python' benchmarks/make_synthetic.py '$out/model' --layers 4
-        $run quantize '$out/model' -o '$out/small' --kv int4 --weights int4
+        $run quantize '$out/model' -o '$out/small' --kv int4 --kv-first int4 --weights int4
         $run export '$out/small' -o '$out/bundle' --to onnx --target cuda
         $run bench '$out/bundle' --depth 0,8192,32768 --kernels native"
 else

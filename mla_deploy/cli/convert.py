@@ -111,6 +111,8 @@ def _d_kv(text: str | None) -> int | None:
 
 
 def _text(output: Path, report: ConversionReport) -> str:
+    from mla_deploy.inspection import described_formats
+
     rows = [
         (
             str(layer.layer),
@@ -128,8 +130,8 @@ def _text(output: Path, report: ConversionReport) -> str:
         ("cache", f"{source:,} bytes a token in the source (fp16)"),
     ]
     entries += [
-        ("", f"{size:,} in {name} ({1 - size / source:.2%} less)")
-        for name, size in report.bytes_per_token().items()
+        ("", f"{size:,} in {described_formats(formats)} ({1 - size / source:.2%} less)")
+        for formats, size in report.bytes_per_token().items()
     ]
     if (held_out := report.held_out) is not None:
         quarters = zip(held_out.loss_by_quarter, held_out.converted_loss_by_quarter, strict=True)

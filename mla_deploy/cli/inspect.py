@@ -12,7 +12,7 @@ from mla_deploy.cli.options import PATH, MemorySize
 from mla_deploy.cli.reporter import Reporter, reporting
 
 if TYPE_CHECKING:
-    from mla_deploy.inspection import Inspection
+    from mla_deploy.inspection import CacheCost, Inspection
 
 
 @click.command()
@@ -78,6 +78,8 @@ def _text(found: Inspection, memory: int | None) -> str:
 
 
 def _geometry(found: Inspection) -> list[tuple[str, str]]:
+    from mla_deploy.inspection import described_formats
+
     model = found.model
     heads = f"{model.num_attention_heads} of nope {model.qk_nope_head_dim} + rope "
     heads += f"{model.qk_rope_head_dim}, value {model.v_head_dim}"
@@ -99,7 +101,7 @@ def _geometry(found: Inspection) -> list[tuple[str, str]]:
         ("context", f"{table.count(model.max_position_embeddings)} tokens"),
     ]
     if found.stored_as is not None:
-        entries.append(("cache", found.stored_as))
+        entries.append(("cache", described_formats(found.cache_layers)))
     return entries
 
 
@@ -114,11 +116,16 @@ def _caches(found: Inspection) -> str:
         if each is None or total is None or times is None:
             rows.append((cache.format, "does not fit this latent", "", ""))
         else:
-            rows.append(
-                (f"latent, {cache.format}", f"{each:,}", table.count(total), f"{times:.1f}x")
-            )
+            mean = f"{each:,}" if isinstance(each, int) else f"{each:,.1f}"
+            rows.append((f"latent, {_name(cache)}", mean, table.count(total), f"{times:.1f}x"))
     head = ("bytes of cache", "per token and layer", "per token", "smaller")
     return table.table(head, rows)
+
+
+def _name(cache: CacheCost) -> str:
+    from mla_deploy.inspection import described_formats
+
+    return described_formats(cache.layers or (cache.format,))
 
 
 def _weights(found: Inspection) -> str:
@@ -134,13 +141,14 @@ def _weights(found: Inspection) -> str:
 def _contexts(found: Inspection, memory: int) -> str:
     limit = found.model.max_position_embeddings
     contexts = found.contexts(memory)
+    names = {cache.format: _name(cache) for cache in found.caches}
     rows = []
     for cache, by_weights in contexts.items():
         cells = [
             "-" if not tokens else f"{tokens:,}" + (" *" if tokens >= limit else "")
             for tokens in by_weights.values()
         ]
-        rows.append((cache, *cells))
+        rows.append((names[cache], *cells))
     head = ("cache \\ weights", *next(iter(contexts.values()), ()))
     return "\n".join(
         [

@@ -38,6 +38,11 @@ KINDS = {
     "layer's own, by --calibration and --kv-budget.",
 )
 @click.option(
+    "--kv-first",
+    help="Cache of the first layer. Default: int8 where --kv is int4 or int4-g32, else as --kv, "
+    "whose own name gives every layer the same.",
+)
+@click.option(
     "--kv-budget", type=float, help="With --kv auto: bytes a token and layer, on average."
 )
 @click.option(
@@ -117,6 +122,8 @@ def command(
 
 
 def _text(output: Path, report: QuantizeReport) -> str:
+    from mla_deploy.inspection import described_formats
+
     rows = [
         (
             KINDS.get(name, name),
@@ -130,11 +137,12 @@ def _text(output: Path, report: QuantizeReport) -> str:
     ]
     head = ("weights", "tensors", "parameters", "bytes before", "bytes after", "relative error")
     recipe = report.recipe
-    formats = {layer.cache_format for layer in recipe.layers} or {recipe.cache_format}
+    layers = recipe.layers or (recipe,)
+    rotations = {(layer.latent_rotation, layer.balanced) for layer in layers}
     ratio = report.source_bytes / max(1, report.output_bytes)
     entries = [
         ("output", str(output)),
-        ("cache", "a format for each layer" if len(formats) > 1 else formats.pop()),
+        ("cache", described_formats([layer.cache_format for layer in layers])),
         (
             "weights",
             f"{table.size(report.source_bytes)} to {table.size(report.output_bytes)} "
@@ -142,9 +150,10 @@ def _text(output: Path, report: QuantizeReport) -> str:
         ),
         ("time", f"{report.seconds:.1f} s"),
     ]
-    if recipe.latent_rotation is not None and not recipe.layers:
-        axes = "balanced axes, then " if recipe.balanced else ""
-        entries.insert(2, ("rotation", f"{axes}Hadamard blocks of {recipe.latent_rotation}"))
+    block, balanced = rotations.pop()
+    if block is not None and not rotations:
+        axes = "balanced axes, then " if balanced else ""
+        entries.insert(2, ("rotation", f"{axes}Hadamard blocks of {block}"))
     if report.resumed_bytes:
         entries.append(("resumed", f"{report.resumed_bytes:,} bytes were there already"))
     entries += [

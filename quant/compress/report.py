@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mla_deploy.cache import cache_formats, cache_record
+from mla_deploy.cache import cache_formats, cache_record, formats_of_layers
 from mla_deploy.errors import ConfigError
+from mla_deploy.inspection import joined_formats
 from mla_deploy.output import writing
 from mla_deploy.quant.compress.geometry import Geometry
 from mla_deploy.quant.compress.heal import Curve
@@ -62,22 +63,24 @@ class ConversionReport:
         """The source's cache in float16, all layers."""
         return 2 * self.source.cached_numbers * self.source.num_hidden_layers
 
-    def bytes_per_token(self) -> dict[str, int]:
-        """The converted model's cache, all layers, by format; scales and zeros are counted."""
+    def bytes_per_token(self) -> dict[tuple[str, ...], int]:
+        """The converted model's cache by the record of each layer, scales and zeros included: each
+        format in all of them, and what `quantize` makes without options."""
+        layers = self.source.num_hidden_layers
+        sizes = self.geometry.kv_lora_rank, self.geometry.qk_rope_head_dim
         found = {}
-        for name in cache_formats():
+        uniform = [(name,) * layers for name in cache_formats()]
+        for formats in (*uniform, formats_of_layers(layers)):
             try:
-                each = cache_record(name).bytes_per_token(
-                    self.geometry.kv_lora_rank, self.geometry.qk_rope_head_dim
-                )
+                each = [cache_record(name).bytes_per_token(*sizes) for name in formats]
             except ConfigError:  # a format that cannot hold this latent
                 continue
-            found[name] = each * self.source.num_hidden_layers
+            found[formats] = sum(each)
         return found
 
     def to_json(self) -> dict[str, Any]:
         """For `--json` and `REPORT_JSON`."""
-        cached = self.bytes_per_token()
+        cached = {joined_formats(key): size for key, size in self.bytes_per_token().items()}
         return {
             "method": self.options.method,
             "layout": self.options.layout,

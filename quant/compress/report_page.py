@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mla_deploy.inspection import described_formats
 from mla_deploy.output import writing
 from mla_deploy.quant.compress.layout import CONSTANT
 from mla_deploy.quant.compress.report import ConversionReport
@@ -111,8 +112,8 @@ def _cache(report: ConversionReport) -> list[tuple[str, str, str]]:
     source = report.source_bytes_per_token
     rows = [("source, fp16", f"{source:,}", "100.00%")]
     return rows + [
-        (name, f"{size:,}", f"{size / source:.2%}")
-        for name, size in report.bytes_per_token().items()
+        (described_formats(formats), f"{size:,}", f"{size / source:.2%}")
+        for formats, size in report.bytes_per_token().items()
     ]
 
 

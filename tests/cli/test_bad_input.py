@@ -161,6 +161,8 @@ def test_a_disk_that_is_full(command: str, tiny_mla: Path, outputs: Path) -> Non
     ("options", "message"),
     [
         (["--kv", "int5"], "int5"),
+        (["--kv-first", "int5"], "int5"),
+        (["--kv-first", "auto"], "auto"),
         (["--weights", "int3"], "int3"),
         (["--group", "48"], "48"),
         (["--zeros", "some"], "some"),

@@ -19,6 +19,8 @@ Invoke = Callable[..., Result]
 ValuesOf = Callable[..., dict[str, Any]]
 
 PROMPT = "My dear fellow"
+BYTES = 168 + 3 * 108
+"""Of a token in tiny-mla's default cache: int8 in the first layer, int4 in three others."""
 
 
 def test_quantize_reports_what_it_wrote(
@@ -47,6 +49,15 @@ def test_quantize_reports_what_it_wrote(
     assert forced.exit_code == 0, forced.stderr
     assert "routed experts" in forced.stdout
     assert json.loads((out / "config.json").read_text())["mla_deploy"]["cache_format"] == "int4"
+    shown = {" ".join(line.split()) for line in forced.stdout.splitlines()}
+    assert "cache int4 (first layer int8)" in shown
+    assert "rotation balanced axes, then Hadamard blocks of 64" in shown
+
+
+def test_the_first_layer_can_be_chosen(tiny_mla: Path, tmp_path: Path, values_of: ValuesOf) -> None:
+    options = ("--weights", "none", "--kv-first", "int4")
+    recipe = values_of("quantize", tiny_mla, "-o", tmp_path / "out", *options)["recipe"]
+    assert (recipe["cache_format"], recipe["layers"]) == ("int4", [])
 
 
 def test_rotation_can_be_asked_for(tiny_mla: Path, tmp_path: Path, values_of: ValuesOf) -> None:
@@ -69,12 +80,12 @@ def test_export_reports_the_bundle(
 ) -> None:
     out = tmp_path / "bundle"
     found = values_of("export", quantized, "-o", out, "--to", "onnx")
-    assert found["kv_bytes_per_token"] == 432
+    assert found["kv_bytes_per_token"] == BYTES
     assert found["bytes"] == sum(file.stat().st_size for file in out.iterdir())
     assert invoke("export", quantized, "-o", out).exit_code == 2
     forced = invoke("export", quantized, "-o", out, "--force")
     assert forced.exit_code == 0
-    assert "432 bytes a token" in forced.stdout
+    assert f"{BYTES} bytes a token" in forced.stdout
 
 
 def test_a_bundle_for_a_gpu_says_what_is_missing_where_there_is_none(
@@ -104,7 +115,7 @@ def test_run_streams_the_text_and_nothing_else_on_standard_output(
     assert len(found["tokens"]) == found["generated_tokens"] == 12
     assert found["finish_reason"] == "length"
     assert found["decode_tokens_per_s"] > 0
-    assert found["kv_bytes_per_token"] == 432
+    assert found["kv_bytes_per_token"] == BYTES
 
     plain = invoke("run", bundle, PROMPT, "-n", 12)
     assert plain.exit_code == 0
@@ -199,7 +210,7 @@ def test_bench_measures_each_depth(bundle: Path, values_of: ValuesOf, invoke: In
     found = values_of("bench", bundle, *options)
     assert [one["depth"] for one in found["results"]] == [0, 128]
     for one in found["results"]:
-        assert one["kv_bytes_per_token"] == 432
+        assert one["kv_bytes_per_token"] == BYTES
         assert one["prefill_tokens_per_s"] > 0
         assert one["decode_tokens_per_s"] > 0
         assert one["peak_rss_bytes"] > 10 << 20

@@ -12,6 +12,8 @@ from click.testing import Result
 from support.models import save_checkpoint
 from support.sources import byte_tokenizer, random_source, random_text
 
+from mla_deploy.cache import cache_record
+
 Run = Callable[..., Result]
 
 
@@ -59,6 +61,11 @@ def test_without_calibration_it_says_what_to_expect(run: Run, source: Path, tmp_
     assert found.exit_code == 0
     assert "healed" in found.stderr
     assert "output error" in found.stdout
+    # As `quantize` makes the cache by default: the first of two layers in int8.
+    size8, size4 = (cache_record(name).bytes_per_token(24, 8) for name in ("int8", "int4"))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["bytes_per_token"]["int4+int8"] == size8 + size4
+    assert f"{size8 + size4:,} in int4 (first layer int8)" in found.stdout
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,10 @@ def test_nothing_asked_for(tiny_mla: Path, invoke: Invoke) -> None:
         (("--kv", "auto"), "under a budget"),
         (("--kv", "auto", "--kv-budget", 20, "--calibration", "TEXT"), "76 bytes or more"),
         (("--kv-budget", 90), "budget is for --kv auto"),
+        (
+            ("--kv", "auto", "--kv-first", "int8", "--kv-budget", 90, "--calibration", "TEXT"),
+            "--kv auto --kv-first int8",
+        ),
         (("--weights", "auto", "--weights-budget", 5), "under a budget"),
         (
             ("--weights", "auto", "--weights-budget", 3, "--calibration", "TEXT"),

@@ -50,6 +50,10 @@ V2_LITE = {
 }
 
 
+DEFAULT = ["int8", "int4", "int4", "int4"]
+"""The cache of tiny-mla's layers, where nothing is asked for."""
+
+
 @pytest.fixture
 def v2_lite(tmp_path: Path) -> Path:
     file = tmp_path / "config.json"
@@ -64,6 +68,10 @@ def test_a_config_alone_tells_parameters_and_cache(v2_lite: Path, values_of: Val
     per_layer = found["kv_bytes_per_token_per_layer"]
     assert per_layer.items() >= {"int4": 360, "int8": 600, "fp16": 1152, "fp32": 2304}.items()
     assert found["kv_bytes_per_token"]["int4"] == 360 * 27
+    # What `quantize` makes: int8 in the first layer.
+    assert found["kv_bytes_per_token"]["int4+int8"] == 360 * 26 + 600
+    assert found["kv_bytes_per_token"]["int4-g32+int8"] == 392 * 26 + 600
+    assert per_layer["int4+int8"] == pytest.approx((360 * 26 + 600) / 27)
     # A key of 192 and a value of 128 for each of 16 heads, 2 bytes each.
     assert found["mha_fp16_bytes_per_token_per_layer"] == 10240
     assert found["times_smaller_than_mha_fp16"]["int4"] == pytest.approx(10240 / 360)
@@ -91,6 +99,8 @@ def test_the_text_shows_the_same_figures(v2_lite: Path, invoke: Invoke) -> None:
     assert "15,706,484,224 (15.7 B)" in text
     assert "latent, int4" in text
     assert "28.4x" in text
+    default = next(line for line in text.splitlines() if "int4 (first layer int8)" in line)
+    assert default.split()[-3:] == ["368.9", "9,960", "27.8x"]
     assert "6 of 64 + 2 shared" in text
 
 
@@ -99,6 +109,7 @@ def test_a_latent_that_int4_cannot_hold_says_so(v2_lite: Path, invoke: Invoke) -
     result = invoke("inspect", v2_lite)
     assert result.exit_code == 0
     assert "does not fit this latent" in result.stdout
+    assert "first layer" not in result.stdout
 
 
 def test_a_checkpoint_is_described(tiny_mla: Path, values_of: ValuesOf) -> None:
@@ -113,7 +124,10 @@ def test_a_checkpoint_is_described(tiny_mla: Path, values_of: ValuesOf) -> None:
 
 def test_a_quantised_checkpoint_tells_its_recipe(quantized: Path, values_of: ValuesOf) -> None:
     found = values_of("inspect", quantized)
-    assert found["cache_format"] == found["recipe"]["cache_format"] == "int4"
+    assert found["cache_format"] == "int4+int8"
+    assert found["recipe"]["cache_format"] == "int4"
+    assert [layer["cache_format"] for layer in found["recipe"]["layers"]] == DEFAULT
+    assert found["kv_bytes_per_token"]["int4+int8"] == 168 + 3 * 108
     assert found["weight_bytes"]["as stored"] == found["weight_bytes"]["int4"]
     stored = sum(file.stat().st_size for file in quantized.glob("*.safetensors"))
     # The output matrix of tied embeddings is one tensor in the file.
@@ -123,7 +137,8 @@ def test_a_quantised_checkpoint_tells_its_recipe(quantized: Path, values_of: Val
 def test_a_bundle_lists_its_files(bundle: Path, values_of: ValuesOf, invoke: Invoke) -> None:
     found = values_of("inspect", bundle, "--verify")
     assert (found["kind"], found["parameters"], found["verified"]) == ("bundle", 5_235_864, True)
-    assert found["kv_bytes_per_token_per_layer"] == {"int4": 108}
+    assert found["kv_bytes_per_token_per_layer"] == {"int4+int8": (168 + 3 * 108) / 4}
+    assert "int4 (first layer int8)" in invoke("inspect", bundle).stdout
     sizes = {entry["path"]: entry["bytes"] for entry in found["files"]}
     on_disk = {file.name: file.stat().st_size for file in bundle.iterdir()}
     assert sizes == {name: size for name, size in on_disk.items() if name != "manifest.json"}

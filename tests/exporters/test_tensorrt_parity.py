@@ -28,7 +28,8 @@ from mla_deploy.runtime.tensorrt_graph import TensorRtGraph
 PROMPT, STEPS = 70, 64
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-3}
 FLOAT = None
-INT4 = QuantizeOptions(kv="int4", weights="int4", group=32)
+INT4 = QuantizeOptions(kv="int4", kv_first="int4", weights="int4", group=32)
+DEFAULT = QuantizeOptions(group=32)
 MIXED = QuantizeOptions(
     kv="int8", weights="int8", experts="int4", embedding="int8", lm_head="int4", zeros="exact",
     group=32,
@@ -58,10 +59,18 @@ def checkpoint(
         ("deepseek_v2", False, FLOAT, "fp32", "rtx1.7"),
         ("deepseek_v3", True, INT4, "fp32", "rtx1.7"),
         ("deepseek_v2", False, INT4, "fp16", "rtx1.7"),
+        ("deepseek_v3", True, DEFAULT, "fp32", "rtx1.7"),
         ("deepseek_v3", True, FLOAT, "fp16", "trt10.3"),
         ("deepseek_v2", True, MIXED, "fp32", "trt10.3"),
     ],
-    ids=["dense-float", "moe-int4", "dense-int4-fp16", "moe-float-fp16", "moe-mixed"],
+    ids=[
+        "dense-float",
+        "moe-int4",
+        "dense-int4-fp16",
+        "moe-default",
+        "moe-float-fp16",
+        "moe-mixed",
+    ],
 )
 def exported(
     request: pytest.FixtureRequest, tiny_mla: Path, tmp_path_factory: pytest.TempPathFactory
@@ -128,17 +137,20 @@ class Reference:
     def __init__(self, source: Path, graph: TensorRtGraph) -> None:
         self.config = Checkpoint(source).config
         self.model: Decoder = load_model(source)
+        formats = self.config.recipe.cache_formats(len(self.model.layers))
+        self.records = [cache_record(name) for name in formats]
+        """Of each layer."""
         self.graph = graph
         self.cache = empty_cache(self.config, 5)
         self.table = torch.arange(1, 5).unsqueeze(0)
 
     @torch.no_grad()
     def append(self, ids: list[int], past: int) -> np.ndarray[Any, Any]:
-        record = cache_record(self.config.recipe.cache_format)
         rows = iter([self.rows(layer, past, len(ids)) for layer in range(len(self.model.layers))])
         with pytest.MonkeyPatch.context() as patch:
-            if self.config.recipe.cache_format not in ("fp32", "fp16"):
-                patch.setattr(type(record), "encode", lambda *_: next(rows))
+            for record in self.records:
+                if record.name not in ("fp32", "fp16"):
+                    patch.setattr(type(record), "encode", lambda *_: next(rows))
             logits, self.cache = self.model(
                 torch.tensor([ids]),
                 torch.tensor([past]),
@@ -152,9 +164,7 @@ class Reference:
     def rows(self, layer: int, past: int, count: int) -> list[torch.Tensor]:
         """What the graph left in its cache for these tokens."""
         config = self.config
-        parts = cache_record(config.recipe.cache_format).parts(
-            config.kv_lora_rank, config.qk_rope_head_dim
-        )
+        parts = self.records[layer].parts(config.kv_lora_rank, config.qk_rope_head_dim)
         device = self.graph._device
         assert isinstance(device, HostDevice)
         found = []
@@ -181,7 +191,7 @@ def test_rows_are_what_the_record_encodes(exported: tuple[Path, Path, str]) -> N
         _, cache = reference.model(
             ids[None], torch.tensor([0]), torch.tensor([40]), torch.tensor([[1]]), every, cache
         )
-    record = cache_record(config.recipe.cache_format)
+    record = reference.records[0]
     parts = record.parts(config.kv_lora_rank, config.qk_rope_head_dim)
     stored = [
         part.read(one, torch.tensor([[1]])) for part, one in zip(parts, cache[0], strict=True)

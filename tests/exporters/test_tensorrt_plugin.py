@@ -38,17 +38,21 @@ PROMPT, STEPS = 70, 8
 
 @pytest.fixture(scope="module")
 def sources(tiny_mla: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A layer of each kind, of a rank that the CUDA kernels have, by cache format."""
+    """A layer of each kind, of a rank that the CUDA kernels have, by cache format: in both layers,
+    or as it is by default."""
     folder = tmp_path_factory.mktemp("plugin")
     model = random_model(
         "deepseek_v3", moe=True, yarn=True, q_lora=True, q_lora_rank=64, v_head_dim=24,
         kv_lora_rank=256, num_hidden_layers=2, sharpness=1.0,
     )  # fmt: skip
     save_checkpoint(model, folder / "float", tiny_mla)
-    for cache_format in ("fp16", "int4"):
-        options = QuantizeOptions(kv=cache_format, weights="none")
-        quantize_checkpoint(folder / "float", folder / cache_format, options)
-    return {name: folder / name for name in ("fp16", "int4")}
+    caches: dict[str, dict[str, Any]] = {
+        "fp16": {"kv": "fp16"}, "int4": {"kv_first": "int4"}, "default": {},
+    }  # fmt: skip
+    for name, cache in caches.items():
+        options = QuantizeOptions(weights="none", **cache)
+        quantize_checkpoint(folder / "float", folder / name, options)
+    return {name: folder / name for name in caches}
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +113,16 @@ def test_the_manifest_tells_of_the_plugin_and_its_pages(bundles: dict[str, Path]
     assert manifest.cache.layers[0].parts[0].page_shape == [4, 32, 16, 4]
 
 
+def test_the_manifest_tells_of_a_first_layer_of_its_own(bundles: dict[str, Path]) -> None:
+    manifest = Bundle.open(bundles["default"], verify=True).manifest
+    assert [layer.format for layer in manifest.cache.layers] == ["int8", "int4"]
+    info = manifest.tensorrt
+    assert info is not None
+    shapes = {one.name: one.shape for one in info.inputs}
+    assert shapes["cache.0.codes"] == ["pages", 4, 64, 16, 4]
+    assert shapes["cache.1.codes"] == ["pages", 4, 32, 16, 4]
+
+
 def generate(graph: Any, ids: list[int]) -> Any:
     """Logits of a prompt in two chunks, and of steps after it."""
     place = graph.cache.open()
@@ -149,7 +163,9 @@ def test_standard_operators_in_place_of_the_node_equal_the_reference(
     assert np.quantile(error, 0.9) < 1e-3
 
 
-@pytest.mark.parametrize(("cache_format", "most"), [("fp16", 1e-2), ("int4", 5e-2)])
+@pytest.mark.parametrize(
+    ("cache_format", "most"), [("fp16", 1e-2), ("int4", 5e-2), ("default", 5e-2)]
+)
 def test_the_graph_as_it_is_runs_with_the_operator_library(
     sources: dict[str, Path], bundles: dict[str, Path], cache_format: str, most: float
 ) -> None:
