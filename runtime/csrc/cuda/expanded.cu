@@ -86,7 +86,9 @@ ExpandedPlan plan_expanded(const mla_cuda_attention& a, const Device& device) {
     const Shape shape = shape_of(a);
     ExpandedPlan plan = {};
     plan.chunk_tokens = chunk_tokens(a, device);
-    plan.chunks = (a.table_pages * kPageTokens + plan.chunk_tokens - 1) / plan.chunk_tokens;
+    // One at least, as outputs of padded tokens are written with the first.
+    const int64_t tokens = a.table_pages ? a.table_pages * kPageTokens : 1;
+    plan.chunks = (tokens + plan.chunk_tokens - 1) / plan.chunk_tokens;
     const int64_t steps_bytes = a.batch * a.heads * shape.state_bytes;  // of one row of blocks
     int64_t blocks = (a.steps + shape.rows - 1) / shape.rows;
     if (plan.chunks > 1 && blocks * steps_bytes > device.chunk_bytes) {
@@ -94,11 +96,11 @@ ExpandedPlan plan_expanded(const mla_cuda_attention& a, const Device& device) {
         if (blocks < 1) blocks = 1;
     }
     plan.round_steps = blocks * shape.rows < a.steps ? blocks * shape.rows : a.steps;
-    const size_t tokens = static_cast<size_t>(a.batch * plan.chunk_tokens);
-    plan.c_kv = 2 * tokens * static_cast<size_t>(a.rank);
-    plan.k_pe = 2 * tokens * static_cast<size_t>(a.rope);
-    plan.keys = 2 * tokens * static_cast<size_t>(a.heads * a.nope);
-    plan.values = 2 * tokens * static_cast<size_t>(a.heads * a.v);
+    const size_t halves = 2 * static_cast<size_t>(a.batch * plan.chunk_tokens);
+    plan.c_kv = halves * static_cast<size_t>(a.rank);
+    plan.k_pe = halves * static_cast<size_t>(a.rope);
+    plan.keys = halves * static_cast<size_t>(a.heads * a.nope);
+    plan.values = halves * static_cast<size_t>(a.heads * a.v);
     plan.running = plan.chunks > 1 ? static_cast<size_t>(blocks * steps_bytes) : 0;
     return plan;
 }
