@@ -61,6 +61,9 @@ void test_fields_that_do_not_fit() {
     CHECK(!create(fields.list()));
     const Fields good;
     fields = good;
+    fields.strings["mode"] = "both";
+    CHECK(!create(fields.list()));
+    fields = good;
     fields.ints["kv_lora_rank"] = 320;
     CHECK(!create(fields.list()));
     std::vector<PluginField> list = good.list();

@@ -27,8 +27,11 @@ struct Memory {
 };
 
 // The plugin's call and the kernels' own, from one set of random inputs, in the type of float32.
-void test_run(bool in_place) {
-    const auto plugin = create(Fields().list());
+// Gives the output.
+std::vector<float> test_run(bool in_place, const char* mode_name, mla_cuda_mode mode) {
+    Fields fields;
+    fields.strings["mode"] = mode_name;
+    const auto plugin = create(fields.list());
     const std::vector<Tensor> all = tensors(DataType::kFLOAT);
     const auto dynamic = described(all);
     std::vector<PluginTensorDesc> descriptions;
@@ -84,6 +87,7 @@ void test_run(bool in_place) {
     a.rope = kRope;
     a.v = kV;
     a.cache_format = MLA_CUDA_CACHE_INT4;
+    a.mode = mode;
     a.q = {theirs[0].at, MLA_CUDA_FP32, 0};
     a.kv = {theirs[1].at, MLA_CUDA_FP32, 0};
     a.output = {theirs[kInputs].at, MLA_CUDA_FP32, 0};
@@ -110,12 +114,14 @@ void test_run(bool in_place) {
     for (int i = 0; i < 5; ++i) CHECK(!std::memcmp(out[1 + i], theirs[9 + i].at, sizes[9 + i]));
     CHECK(runtime(*plugin)->enqueue(descriptions.data(), descriptions.data() + kInputs, in.data(),
                                     out.data(), nullptr, nullptr) == 1);  // no workspace
+    return {output, output + sizes[kInputs] / sizeof(float)};
 }
 
 }  // namespace
 
 int main() {
-    test_run(true);
-    test_run(false);
+    const std::vector<float> absorbed = test_run(true, "auto", MLA_CUDA_AUTO);
+    CHECK(test_run(false, "absorbed", MLA_CUDA_ABSORBED) == absorbed);
+    CHECK(test_run(true, "expanded", MLA_CUDA_EXPANDED) != absorbed);
     std::printf("ok\n");
 }

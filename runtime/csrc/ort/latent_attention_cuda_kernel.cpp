@@ -31,6 +31,12 @@ mla_cuda_cache cache_format(cpu::CacheFormat format) {
     }
 }
 
+mla_cuda_mode mode_of(cpu::AttentionMode mode) {
+    return mode == cpu::AttentionMode::kAuto       ? MLA_CUDA_AUTO
+           : mode == cpu::AttentionMode::kAbsorbed ? MLA_CUDA_ABSORBED
+                                                   : MLA_CUDA_EXPANDED;
+}
+
 // What a node's calls have in common.
 mla_cuda_attention call_of(const Attributes& attributes) {
     mla_cuda_attention call = {};
@@ -41,6 +47,7 @@ mla_cuda_attention call_of(const Attributes& attributes) {
     call.rope = attributes.dims.rope;
     call.v = attributes.dims.v;
     call.cache_format = cache_format(attributes.cache_format);
+    call.mode = mode_of(attributes.mode);
     call.softmax_scale = attributes.softmax_scale;
     call.latent_norm_epsilon = attributes.latent_norm_epsilon;
     return call;

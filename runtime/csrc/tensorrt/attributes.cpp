@@ -11,13 +11,27 @@ namespace {
 using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 
-struct Format {
+template <class Value>
+struct Named {
     const char* name;
-    mla_cuda_cache value;
+    Value value;
 };
 
-constexpr Format kFormats[] = {
+constexpr Named<mla_cuda_cache> kFormats[] = {
     {"int4", MLA_CUDA_CACHE_INT4}, {"int8", MLA_CUDA_CACHE_INT8}, {"fp16", MLA_CUDA_CACHE_FP16}};
+constexpr Named<mla_cuda_mode> kModes[] = {
+    {"auto", MLA_CUDA_AUTO}, {"absorbed", MLA_CUDA_ABSORBED}, {"expanded", MLA_CUDA_EXPANDED}};
+
+// Gives *value what has this name; false where nothing has.
+template <class Value, size_t Count>
+bool choose(const Named<Value> (&names)[Count], const std::string& name, Value* value) {
+    for (const Named<Value>& one : names) {
+        if (name != one.name) continue;
+        *value = one.value;
+        return true;
+    }
+    return false;
+}
 
 // Calls visit(name, member) for every attribute, so that there is one list of them.
 template <class AnyAttributes, class Visit>
@@ -86,8 +100,8 @@ mla_cuda_attention Attributes::call() const {
     call.v = v_head_dim;
     call.softmax_scale = softmax_scale;
     call.latent_norm_epsilon = latent_norm_epsilon;
-    for (const Format& format : kFormats)
-        if (cache_format == format.name) call.cache_format = format.value;
+    choose(kFormats, cache_format, &call.cache_format);
+    choose(kModes, mode, &call.mode);
     return call;
 }
 
@@ -111,11 +125,11 @@ std::vector<PluginField> to_fields(const Attributes& attributes) {
 Attributes from_fields(const nvinfer1::PluginFieldCollection& fields) {
     Attributes attributes;
     each(attributes, [&](const char* name, auto& value) { find(fields, name, &value); });
-    const bool is_known =
-        std::any_of(std::begin(kFormats), std::end(kFormats),
-                    [&](const Format& format) { return attributes.cache_format == format.name; });
-    if (!is_known) throw wrong("cache_format", "is none of int4, int8 and fp16");
-    const mla_cuda_attention call = attributes.call();
+    mla_cuda_attention call = attributes.call();
+    if (!choose(kFormats, attributes.cache_format, &call.cache_format))
+        throw wrong("cache_format", "is none of int4, int8 and fp16");
+    if (!choose(kModes, attributes.mode, &call.mode))
+        throw wrong("mode", "is none of auto, absorbed and expanded");
     size_t bytes = 0;
     if (mla_cuda_workspace_bound(&call, &bytes) != MLA_CUDA_OK)
         throw std::invalid_argument(std::string("LatentAttention: ") + mla_cuda_last_error());

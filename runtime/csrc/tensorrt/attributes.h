@@ -14,7 +14,7 @@ namespace mla::tensorrt {
 
 struct Attributes {
     std::string cache_format;  // int4, int8 or fp16
-    std::string mode;          // kept for the round trip: there is one kernel
+    std::string mode;          // auto, absorbed or expanded
     int32_t num_heads = 0;
     int32_t qk_nope_head_dim = 0;
     int32_t qk_rope_head_dim = 0;
