@@ -24,7 +24,8 @@ from mla_deploy.model import build
 from mla_deploy.modules.attention import LatentAttention
 from mla_deploy.modules.base import parameter_sources
 from mla_deploy.modules.decoder import Decoder
-from mla_deploy.quant.calibrate import CalibrationText, calibrate
+from mla_deploy.quant.calibrate import calibrate
+from mla_deploy.quant.calibration_text import CalibrationText
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMATS = ("int2", "int3", "int4", "int4-g32", "int8", "fp8", "fp16")

@@ -29,9 +29,11 @@ from mla_deploy.modules.decoder import DecoderLayer
 from mla_deploy.ops import attention
 from mla_deploy.quant.allocate import Choice, allocate
 from mla_deploy.quant.cache_choice import auto_formats
-from mla_deploy.quant.calibrate import MAX_TOKENS, CalibrationText, WindowRun, calibrate, rotated
+from mla_deploy.quant.calibrate import calibrate
+from mla_deploy.quant.calibration_text import MAX_TOKENS, CalibrationText
 from mla_deploy.quant.fold import LatentRotation, hadamard_block
 from mla_deploy.quant.weight_axes import weight_rotation
+from mla_deploy.quant.window_run import WindowRun, rotated
 from mla_deploy.tokenizer import Tokenizer
 
 Caches = list[tuple[str, LatentRotation | None]]

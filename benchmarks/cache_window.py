@@ -22,7 +22,9 @@ from mla_deploy.config import load_config
 from mla_deploy.evaluate.text import encode_text, read_text
 from mla_deploy.model import load_model
 from mla_deploy.ops import attention
-from mla_deploy.quant.calibrate import CalibrationText, WindowRun, calibrate
+from mla_deploy.quant.calibrate import calibrate
+from mla_deploy.quant.calibration_text import CalibrationText
+from mla_deploy.quant.window_run import WindowRun
 from mla_deploy.tokenizer import Tokenizer
 
 LONG = 32768

@@ -25,8 +25,9 @@ from mla_deploy.model import load_model
 from mla_deploy.modules.decoder import Decoder
 from mla_deploy.modules.linear import Linear
 from mla_deploy.ops import attention
-from mla_deploy.quant.calibrate import CalibrationText, WindowRun
+from mla_deploy.quant.calibration_text import CalibrationText
 from mla_deploy.quant.hqq import solve
+from mla_deploy.quant.window_run import WindowRun
 from mla_deploy.tokenizer import Tokenizer
 
 GROUP = 32

@@ -64,9 +64,9 @@ class CachePart:
     def bytes_per_token(self) -> int:
         return self.width * self.dtype.itemsize
 
-    def empty(self, pages: int) -> torch.Tensor:
+    def empty(self, pages: int, device: torch.device | None = None) -> torch.Tensor:
         """A zero-filled arena of `pages` pages: [pages, *page_shape]."""
-        return torch.zeros((pages, *self.page_shape), dtype=self.dtype)
+        return torch.zeros((pages, *self.page_shape), dtype=self.dtype, device=device)
 
     def write(
         self, arena: torch.Tensor, page: torch.Tensor, slot: torch.Tensor, values: torch.Tensor
@@ -74,7 +74,7 @@ class CachePart:
         """The arena with `values` [T, width] stored at token `slot` [T] of page `page` [T]."""
         if self.layout is Layout.ROWS:
             return arena.index_put((page, slot), values)
-        column = torch.arange(self.page_shape[self._column_axis]).unsqueeze(0)
+        column = torch.arange(self.page_shape[self._column_axis], device=page.device).unsqueeze(0)
         page, slot = page.unsqueeze(1), slot.unsqueeze(1)
         if self.layout is Layout.COLUMNS:
             return arena.index_put((page, column, slot), values)

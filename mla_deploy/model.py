@@ -66,9 +66,11 @@ def unquantized(config: MlaConfig) -> MlaConfig:
     return replace(config, recipe=Recipe())
 
 
-def empty_cache(config: MlaConfig, pages: int) -> list[list[torch.Tensor]]:
+def empty_cache(
+    config: MlaConfig, pages: int, device: torch.device | None = None
+) -> list[list[torch.Tensor]]:
     """Zero-filled arenas of `pages` pages for every layer, the scratch page included."""
-    return [[part.empty(pages) for part in parts] for parts in cache_parts(config)]
+    return [[part.empty(pages, device) for part in parts] for parts in cache_parts(config)]
 
 
 def cache_parts(config: MlaConfig) -> list[tuple[CachePart, ...]]:
@@ -80,13 +82,16 @@ def cache_parts(config: MlaConfig) -> list[tuple[CachePart, ...]]:
 
 @torch.no_grad()
 def forward_window(model: Decoder, config: MlaConfig, input_ids: torch.Tensor) -> torch.Tensor:
-    """Logits of fresh sequences of equal length. Shapes: [B, S] to [B, S, vocab_size]."""
+    """Logits of fresh sequences of equal length, on the device of `input_ids` and the model.
+
+    Shapes: [B, S] to [B, S, vocab_size].
+    """
     batch, steps = input_ids.shape
-    pages = pages_for(steps)
-    block_table = torch.arange(1, batch * pages + 1).reshape(batch, pages)
-    every = torch.arange(steps).expand(batch, steps)
-    past = torch.zeros(batch, dtype=torch.int64)
-    new = torch.full((batch,), steps)
-    cache = empty_cache(config, batch * pages + 1)
+    pages, device = pages_for(steps), input_ids.device
+    block_table = torch.arange(1, batch * pages + 1, device=device).reshape(batch, pages)
+    every = torch.arange(steps, device=device).expand(batch, steps)
+    past = torch.zeros(batch, dtype=torch.int64, device=device)
+    new = torch.full((batch,), steps, device=device)
+    cache = empty_cache(config, batch * pages + 1, device)
     logits: torch.Tensor = model(input_ids, past, new, block_table, every, cache)[0]
     return logits

@@ -21,11 +21,11 @@ from mla_deploy.quant.calibrate import (
     AUTO_FORMATS,
     CacheChoice,
     Calibration,
-    CalibrationText,
     Progress,
     calibrate,
     joint_divergence,
 )
+from mla_deploy.quant.calibration_text import CalibrationText
 from mla_deploy.quant.fold import LatentRotation
 from mla_deploy.recipe import CALIBRATION_FILE
 

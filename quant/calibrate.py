@@ -13,35 +13,22 @@ Needs the whole model in memory, in float32.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from mla_deploy.cache import cache_record, pages_for
+from mla_deploy.cache import cache_record
 from mla_deploy.config import MlaConfig
-from mla_deploy.errors import ConfigError, UsageError
-from mla_deploy.evaluate.text import DEFAULT_WINDOW, encode_text, read_text, windows
-from mla_deploy.modules.attention import LatentAttention
 from mla_deploy.modules.decoder import Decoder
-from mla_deploy.modules.linear import Norm
-from mla_deploy.ops import attention
+from mla_deploy.quant.calibration_text import CalibrationText
 from mla_deploy.quant.fold import LatentRotation, balanced_axes, hadamard_block, latent_sensitivity
-from mla_deploy.tokenizer import Tokenizer
+from mla_deploy.quant.window_run import EXACT, WindowRun, divergence, rotated
 
 AUTO = "auto"
 AUTO_FORMATS = ("int2", "int3", "int4", "int4-g32", "int8", "fp16")
 """What `--kv auto` chooses from."""
-MIN_TOKENS = 64
-MAX_TOKENS = 4096
-"""Tokens that are looked at, spread evenly over the text; more change the choices little."""
-EXACT = "fp32"
 
 Progress = Callable[[int, int, str], None]
 
@@ -80,54 +67,6 @@ class Calibration:
         """What `to_json` gave."""
         layers = tuple(tuple(CacheChoice(**one) for one in layer) for layer in raw["layers"])
         return cls(raw["tokens"], raw["window"], layers)
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """The text, read and checked before any work."""
-
-    windows: tuple[tuple[int, ...], ...]
-    sha256: str
-
-    @classmethod
-    def read(
-        cls,
-        paths: Sequence[Path | str],
-        model: Path,
-        config: MlaConfig,
-        tokens: int = MAX_TOKENS,
-    ) -> CalibrationText:
-        """Read the files and cut them into the windows that are looked at, so many tokens of them.
-
-        Raises:
-            UsageError: a file that is missing, empty, not UTF-8, or too short all together.
-            TokenizerError: the model has no tokenizer.
-        """
-        text = "\n\n".join(read_text(path) for path in paths)
-        names = ", ".join(str(path) for path in paths)
-        tokenizer = Tokenizer.open(model)
-        corpus = encode_text(tokenizer, text)
-        if len(corpus.ids) < MIN_TOKENS:
-            raise UsageError(
-                f"the calibration text {names} is too short",
-                found=f"{len(corpus.ids)} tokens",
-                allowed=f"{MIN_TOKENS} or more; {MAX_TOKENS} are looked at",
-                hint="give a text such as the model will read, of some pages",
-            )
-        if max(corpus.ids) >= config.vocab_size:
-            raise ConfigError(
-                f"the tokenizer of {model} has tokens that the model does not know",
-                found=f"token {max(corpus.ids)}",
-                allowed=f"0 to {config.vocab_size - 1}",
-                hint="take the tokenizer and the weights from the same model",
-            )
-        size = min(DEFAULT_WINDOW, config.max_position_embeddings)
-        every = [part.ids for part in windows(corpus, size, size - len(corpus.start))]
-        wanted = max(1, tokens // size)
-        step = max(1, len(every) // wanted)
-        chosen = tuple(part for part in every[::step][:wanted] if len(part) > 1)
-        digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
-        return cls(chosen, digest)
 
 
 @torch.no_grad()
@@ -272,109 +211,6 @@ def _balanced_axes(
     return found
 
 
-class WindowRun:
-    """One window on its way through an unquantised model, layer by layer."""
-
-    def __init__(self, model: Decoder, config: MlaConfig, ids: Sequence[int]) -> None:
-        self.model = model
-        self.config = config
-        self._ids = torch.tensor([list(ids)])
-        self._steps = len(ids)
-        self._pages = pages_for(len(ids))
-        past = torch.zeros(1, dtype=torch.int64)
-        x, cos, sin = model.prologue(self._ids, past)
-        self.start: tuple[torch.Tensor, torch.Tensor | None] = x, None
-        table = torch.arange(1, self._pages + 1).unsqueeze(0)
-        self._frame = (cos, sin, table, past, torch.tensor([self._steps]))
-
-    def attention(self, layer: int) -> LatentAttention:
-        """The layer's attention block."""
-        block = self.model.layers[layer].self_attn
-        assert isinstance(block, LatentAttention)
-        return block
-
-    def normed(self, layer: int, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        """What the attention block of a layer is given."""
-        norm = self.model.layers[layer].input_layernorm
-        assert isinstance(norm, Norm)
-        output: torch.Tensor = norm(x) if residual is None else norm.after_add(x, residual)[0]
-        return output
-
-    def layer_inputs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """x and residual before each layer, the layers before it computed exactly."""
-        x, residual = self.start
-        for layer in range(self.config.num_hidden_layers):
-            yield x, residual
-            if layer + 1 < self.config.num_hidden_layers:
-                x, residual = self.layer(layer, x, residual)
-
-    def layer(
-        self, layer: int, x: torch.Tensor, residual: torch.Tensor | None, name: str = EXACT
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x and residual behind a layer whose cache is the record of that name."""
-        self.attention(layer).cache_format = name
-        x, residual, _ = self.model.layers[layer](x, residual, *self._frame, self._cache(name))
-        return x, residual
-
-    def attend(self, layer: int, normed: torch.Tensor, name: str) -> torch.Tensor:
-        """The output of the attention block alone. Shapes: [1, S, hidden] to the same."""
-        block = self.attention(layer)
-        block.cache_format = name
-        output: torch.Tensor = block(normed, *self._frame, self._cache(name))[0]
-        return output
-
-    def latents(self, layer: int, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the layer's cache is given: c_kv [S, rank], k_pe [S, rope]."""
-        block = self.attention(layer)
-        _, kv = block.project(normed)
-        cos, sin, *_ = self._frame
-        rank = self.config.kv_lora_rank
-        c_kv, k_pe = attention.new_latents(kv, cos, sin, rank, block.latent_norm_epsilon)
-        return c_kv[0], k_pe[0]
-
-    def log_probabilities(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Shapes: to [S, vocab_size]."""
-        every = torch.arange(self._steps).unsqueeze(0)
-        logits: torch.Tensor = self.model.epilogue(x, residual, every)
-        return logits[0].log_softmax(-1)
-
-    def _cache(self, name: str) -> list[torch.Tensor]:
-        parts = cache_record(name).parts(self.config.kv_lora_rank, self.config.qk_rope_head_dim)
-        return [part.empty(self._pages + 1) for part in parts]
-
-
-@contextmanager
-def rotated(block: LatentAttention, rotation: LatentRotation | None) -> Iterator[None]:
-    """The attention block with its latent rotated, as `fold` does it, while the context lasts."""
-    if rotation is None:
-        yield
-        return
-    w_uk, w_uv = block.get_parameter("w_uk").data, block.get_parameter("w_uv").data
-    rank = w_uk.shape[2]
-    changed: list[tuple[nn.Module, str, torch.Tensor]] = []
-
-    def put(owner: nn.Module, name: str, value: torch.Tensor) -> None:
-        changed.append((owner, name, owner.get_parameter(name).data))
-        owner.get_parameter(name).data = value
-
-    def with_rows(old: torch.Tensor, first: int) -> torch.Tensor:
-        new, rows = old.clone(), slice(first, first + rank)
-        new[rows] = rotation.apply(old[rows].movedim(0, -1)).movedim(-1, 0)
-        return new
-
-    for _, linear, first in block.latent_writers():
-        put(linear, "weight", with_rows(linear.weight, first))
-        if linear.bias is not None:
-            put(linear, "bias", with_rows(linear.bias, first))
-    put(block, "w_uk", rotation.apply(w_uk))
-    put(block, "w_uv", rotation.apply(w_uv.transpose(1, 2)).transpose(1, 2))
-    try:
-        yield
-    finally:
-        for owner, name, value in changed:
-            owner.get_parameter(name).data = value
-
-
 class _Errors:
     """Sums of squares by layer, format and rotation."""
 
@@ -431,9 +267,3 @@ class _Errors:
 
 def _squares(x: torch.Tensor) -> float:
     return float(x.double().square().sum())
-
-
-def divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """KL(expected || found), summed over positions."""
-    gap = (expected.exp() * (expected - found)).sum(-1)
-    return float(gap.clamp_min(0).double().sum())

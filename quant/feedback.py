@@ -25,9 +25,11 @@ from mla_deploy.modules.decoder import Decoder
 from mla_deploy.modules.linear import Linear
 from mla_deploy.output import writing
 from mla_deploy.packing import pack
-from mla_deploy.quant.calibrate import CalibrationText, Progress, WindowRun
+from mla_deploy.quant.calibrate import Progress
+from mla_deploy.quant.calibration_text import CalibrationText
 from mla_deploy.quant.hqq import solve
 from mla_deploy.quant.weights import QuantizedMatrix, check_group
+from mla_deploy.quant.window_run import WindowRun
 from mla_deploy.recipe import WeightFormat
 
 DAMPING = 0.01

@@ -28,7 +28,8 @@ from mla_deploy.quant.cache_choice import (
     remove_axes,
     save_choices,
 )
-from mla_deploy.quant.calibrate import AUTO, CalibrationText
+from mla_deploy.quant.calibrate import AUTO
+from mla_deploy.quant.calibration_text import CalibrationText
 from mla_deploy.quant.feedback import measure_moments, moments_of, remove_moments
 from mla_deploy.quant.hqq_source import open_source, options_of_source
 from mla_deploy.quant.options import QuantizeOptions, recipe_for

@@ -14,7 +14,8 @@ from mla_deploy.errors import UsageError
 from mla_deploy.model import load_model
 from mla_deploy.output import writing
 from mla_deploy.quant.allocate import Choice, Point, decide
-from mla_deploy.quant.calibrate import CalibrationText, Progress
+from mla_deploy.quant.calibrate import Progress
+from mla_deploy.quant.calibration_text import CalibrationText
 from mla_deploy.quant.plan import Plan, Step
 from mla_deploy.quant.weight_loss import BITS, Layers, Part, joint_losses, losses, parts_of
 from mla_deploy.recipe import WEIGHT_BITS_FILE, LayerRecipe, Recipe, WeightFormat

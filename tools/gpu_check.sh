@@ -49,7 +49,8 @@ LINES_SHOWN=4 stage install 240 env CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)" \
     -C cmake.define.MLA_ENGINE=AUTO -C cmake.define.MLA_FETCH_DEPENDENCIES=OFF
 # -P: the package that was installed, not the checkout, which has no libraries.
 pytest=("$venv/bin/python" -P -m pytest -q -p no:cacheprovider)
-kernels=("${pytest[@]}" tests/runtime/test_cuda_attention.py tests/runtime/test_cuda_expanded.py)
+kernels=("${pytest[@]}" tests/runtime/test_cuda_attention.py tests/runtime/test_cuda_expanded.py
+    tests/runtime/test_torch_cuda.py)
 
 stage tests 150 "${kernels[@]}" -m gpu
 if command -v compute-sanitizer >/dev/null; then

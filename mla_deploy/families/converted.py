@@ -81,7 +81,7 @@ class ConvertedAttention(LatentAttention):
         cache: list[torch.Tensor],
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """As in the base, but for cos and sin: those of the shared frequencies are not used."""
-        step = torch.arange(x.shape[1]).unsqueeze(0)
+        step = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
         position = (past_lengths.unsqueeze(1) + step).float()
         angle = position.unsqueeze(2) * self.inv_freq
         return super().forward(

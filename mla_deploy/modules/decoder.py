@@ -33,7 +33,7 @@ class Prologue(Block):
         self, input_ids: torch.Tensor, past_lengths: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Shapes: input_ids [B, S], past_lengths [B], to x [B, S, hidden]; cos, sin [B, S, R/2]."""
-        step = torch.arange(input_ids.shape[1]).unsqueeze(0)
+        step = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         position = (past_lengths.unsqueeze(1) + step).float()
         angle = position.unsqueeze(2) * self.inv_freq
         return self.embed_tokens(input_ids), angle.cos() * self.scale, angle.sin() * self.scale
@@ -100,7 +100,7 @@ class Epilogue(Block):
         self, x: torch.Tensor, residual: torch.Tensor, logit_index: torch.Tensor
     ) -> torch.Tensor:
         """Shapes: x, residual [B, S, hidden], logit_index [B, L], to [B, L, vocab_size]."""
-        sequence = torch.arange(x.shape[0]).unsqueeze(1)
+        sequence = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
         hidden, _ = self.norm.after_add(x[sequence, logit_index], residual[sequence, logit_index])
         return self.lm_head(hidden)
 

@@ -67,12 +67,7 @@ def latent_attention(
     Raises:
         CheckpointError: latents that are not finite; no cache could hold them.
     """
-    if not bool(kv.isfinite().all()):
-        raise CheckpointError(
-            "attention was given latents that are not finite",
-            found=f"{int((~kv.isfinite()).sum())} of {kv.numel()} values",
-            hint="look at the weights for NaN and overflow",
-        )
+    check_finite(kv)
     return reference(
         q,
         kv,
@@ -111,6 +106,16 @@ def _(
     heads, _, v_head_dim = w_uv.shape
     output = q.new_empty((q.shape[0], q.shape[1], heads * v_head_dim))
     return output, [torch.empty_like(part) for part in cache]
+
+
+def check_finite(kv: torch.Tensor) -> None:
+    """Raise a CheckpointError unless all latents are finite."""
+    if not bool(kv.isfinite().all()):
+        raise CheckpointError(
+            "attention was given latents that are not finite",
+            found=f"{int((~kv.isfinite()).sum())} of {kv.numel()} values",
+            hint="look at the weights for NaN and overflow",
+        )
 
 
 def reference(
@@ -188,7 +193,7 @@ def append(
     record: CacheRecord,
 ) -> list[torch.Tensor]:
     """The cache with the new tokens encoded into it; padded tokens go to the scratch page."""
-    step = torch.arange(c_kv.shape[1]).unsqueeze(0)  # [1, S]
+    step = torch.arange(c_kv.shape[1], device=c_kv.device).unsqueeze(0)  # [1, S]
     is_real = step < new_lengths.unsqueeze(1)  # [B, S]
     position = torch.where(is_real, past_lengths.unsqueeze(1) + step, 0)
     page = torch.where(is_real, block_table.gather(1, position // PAGE_TOKENS), 0).flatten()
@@ -262,7 +267,9 @@ def masked_softmax(
 ) -> torch.Tensor:
     """Causal softmax: token s of a sequence sees its past and itself. Shapes: [B, H, S, T]."""
     steps, tokens = scores.shape[2], scores.shape[3]
-    last_seen = past_lengths.unsqueeze(1) + torch.arange(steps).unsqueeze(0)  # [B, S]
-    visible = torch.arange(tokens) <= last_seen.unsqueeze(2)  # [B, S, T]
+    step = torch.arange(steps, device=scores.device).unsqueeze(0)
+    last_seen = past_lengths.unsqueeze(1) + step  # [B, S]
+    token = torch.arange(tokens, device=scores.device)
+    visible = token <= last_seen.unsqueeze(2)  # [B, S, T]
     scores = torch.where(visible.unsqueeze(1), scores * softmax_scale, float("-inf"))
     return scores.softmax(dim=-1)

@@ -16,9 +16,11 @@ from mla_deploy.config import load_config
 from mla_deploy.errors import UsageError
 from mla_deploy.model import forward_window, load_model
 from mla_deploy.quant import quantize as quantize_module
-from mla_deploy.quant.calibrate import CalibrationText, WindowRun, calibrate, rotated
+from mla_deploy.quant.calibrate import calibrate
+from mla_deploy.quant.calibration_text import CalibrationText
 from mla_deploy.quant.options import QuantizeOptions
 from mla_deploy.quant.quantize import quantize_checkpoint
+from mla_deploy.quant.window_run import WindowRun, rotated
 from mla_deploy.recipe import CALIBRATION_FILE
 
 

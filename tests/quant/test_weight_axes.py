@@ -11,9 +11,10 @@ from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import load_config
 from mla_deploy.model import build, load_model
 from mla_deploy.modules.decoder import DecoderLayer
-from mla_deploy.quant.calibrate import CalibrationText, WindowRun, divergence, rotated
+from mla_deploy.quant.calibration_text import CalibrationText
 from mla_deploy.quant.fold import LatentRotation, balanced_axes, latent_sensitivity
 from mla_deploy.quant.weight_axes import weight_rotation
+from mla_deploy.quant.window_run import WindowRun, divergence, rotated
 
 
 def rotations(model: Path) -> list[LatentRotation]:

@@ -19,7 +19,7 @@ from mla_deploy.modules.decoder import Decoder
 from mla_deploy.modules.linear import Linear
 from mla_deploy.packing import dequantize
 from mla_deploy.quant import quantize as quantize_module
-from mla_deploy.quant.calibrate import CalibrationText
+from mla_deploy.quant.calibration_text import CalibrationText
 from mla_deploy.quant.options import QuantizeOptions, recipe_for
 from mla_deploy.quant.quantize import QuantizeReport, quantize_checkpoint
 from mla_deploy.quant.weight_choice import WeightChoices
