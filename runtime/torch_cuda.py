@@ -30,10 +30,7 @@ ALIGNMENT = 256
 
 
 def register() -> None:
-    """From now on the op uses the kernels for tensors on a GPU.
-
-    Cache records that the kernels do not have stay with the op's definition in torch; sizes that
-    they do not have are an error.
+    """From now on the op is `latent_attention` below for tensors on a GPU.
 
     Raises:
         CudaError: this installation has no kernels, or the device cannot run them.
@@ -60,9 +57,6 @@ def register() -> None:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         tensors = (q, kv, cos, sin, w_uk, w_uv, block_table, past_lengths, new_lengths)
         settings = (cache_format, softmax_scale, latent_norm_epsilon, mode)
-        if cache_format not in CACHE_FORMATS:
-            attention.check_finite(kv)
-            return attention.reference(*tensors, cache, *settings)
         return latent_attention(kernels, *tensors, cache, *settings)
 
 
@@ -86,13 +80,18 @@ def latent_attention(
     """The op `mla_deploy.ops.latent_attention` by these kernels, on tensors in their memory.
 
     Waits for the result, as what is wrong with lengths and pages is only known then. Weights are
-    rounded to float16.
+    rounded to float16. A cache record that has no kernel, such as `fp32`, stays with the op's
+    definition in torch.
 
     Raises:
         CheckpointError: latents that are not finite.
         CudaError: a type or a size that the kernels do not have, lengths or pages that do not fit.
     """
     attention.check_finite(kv)
+    if cache_format not in CACHE_FORMATS:
+        tensors = (q, kv, cos, sin, w_uk, w_uv, block_table, past_lengths, new_lengths)
+        settings = (cache_format, softmax_scale, latent_norm_epsilon, mode)
+        return attention.reference(*tensors, cache, *settings)
     type_name = str(q.dtype).removeprefix("torch.")
     if type_name not in TYPES:
         raise CudaError(

@@ -50,6 +50,14 @@ def test_it_is_the_op(machine: Machine, cache_format: str, mode: str) -> None:
     assert Error.of(case.real(output.cpu()), case.real(expected).double()).relative < 2e-2
 
 
+def test_a_record_without_a_kernel_stays_with_the_definition(machine: Machine) -> None:
+    given = arguments(AttentionCase([20], [3], dims=SMALL, cache_format="fp32"), machine)
+    found, cache = torch_cuda.latent_attention(machine.kernels, *given)
+    expected, expected_cache = attention.reference(*given)
+    for one, other in zip((found, *cache), (expected, *expected_cache), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_tensors_that_are_views_and_weights_in_half(machine: Machine) -> None:
     case = AttentionCase([20], [3], dims=SMALL)
     given = arguments(case, machine)
