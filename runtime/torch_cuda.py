@@ -10,6 +10,7 @@ Needs torch; nothing else of the runtime imports this.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -37,27 +38,7 @@ def register() -> None:
     """
     kernels = CudaKernels(cuda_library())
     kernels.check_device()
-
-    @ops.latent_attention.register_kernel("cuda")
-    def _(
-        q: torch.Tensor,
-        kv: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        w_uk: torch.Tensor,
-        w_uv: torch.Tensor,
-        block_table: torch.Tensor,
-        past_lengths: torch.Tensor,
-        new_lengths: torch.Tensor,
-        cache: list[torch.Tensor],
-        cache_format: str,
-        softmax_scale: float,
-        latent_norm_epsilon: float,
-        mode: str,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        tensors = (q, kv, cos, sin, w_uk, w_uv, block_table, past_lengths, new_lengths)
-        settings = (cache_format, softmax_scale, latent_norm_epsilon, mode)
-        return latent_attention(kernels, *tensors, cache, *settings)
+    ops.latent_attention.register_kernel("cuda", partial(latent_attention, kernels))
 
 
 def latent_attention(
