@@ -1,8 +1,7 @@
 """The deployment op `latent_attention` on torch's tensors, computed by the CUDA kernels.
 
-    model = load_model("MODEL").cuda()
     torch_cuda.register()
-    logits = forward_window(model, config, ids.cuda())
+    logits = forward_window(load_model("MODEL").cuda(), config, ids.cuda())
 
 Needs torch; nothing else of the runtime imports this.
 """
