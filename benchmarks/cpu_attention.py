@@ -105,7 +105,7 @@ def decode_table(threads: int, quick: bool) -> None:
 def prefill_table(threads: int) -> None:
     print(f"\nprompts of new tokens after past ones, 16 heads, rank 512, int4, {threads} thread(s)")
     print("| isa | past | new | absorbed ms | expanded ms | append ms |\n|---|---|---|---|---|---|")
-    for isa in ("amx", "avx512_vnni", "avx2_vnni", "avx2"):
+    for isa in ("amx", "avx512_bf16", "avx512_vnni", "avx2_vnni", "avx2"):
         for past, new in PREFILL:
             shape = (isa, "int4", 16, 512, 64, past, new, threads)
             absorbed = measure("prefill", *shape, "absorbed")

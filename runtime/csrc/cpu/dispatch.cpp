@@ -18,11 +18,11 @@ namespace {
 
 thread_local char error_text[512] = "";
 
-constexpr const char* kNames[] = {"auto", "portable", "avx2",         "avx2_vnni", "avx512_vnni",
-                                  "amx",  "neon",     "neon_dotprod", "neon_i8mm"};
+constexpr const char* kNames[] = {"auto",        "portable", "avx2", "avx2_vnni",    "avx512_vnni",
+                                  "avx512_bf16", "amx",      "neon", "neon_dotprod", "neon_i8mm"};
 constexpr int kIsaCount = sizeof(kNames) / sizeof(kNames[0]);
 constexpr const char* kNameList =
-    "auto, portable, avx2, avx2_vnni, avx512_vnni, amx, neon, neon_dotprod, neon_i8mm";
+    "auto, portable, avx2, avx2_vnni, avx512_vnni, avx512_bf16, amx, neon, neon_dotprod, neon_i8mm";
 
 // Linux gives a process the tile registers only when it asks.
 bool tiles_granted() {
@@ -49,6 +49,8 @@ bool works_here(Isa isa) {
             return f.avx2 && f.avx_vnni;
         case Isa::kAvx512Vnni:
             return f.avx512_vnni;
+        case Isa::kAvx512Bf16:
+            return f.avx512_vnni && f.avx512_bf16;
         case Isa::kAmx:
             return f.avx512_vnni && f.avx512_bf16 && f.amx_int8 && f.amx_bf16 && tiles_granted();
         case Isa::kNeon:
@@ -64,6 +66,8 @@ bool works_here(Isa isa) {
 
 Isa fastest() {
     static const Isa found = [] {
+        if (!works_here(Isa::kAmx) && works_here(Isa::kAvx512Bf16) && features().fast_bf16)
+            return Isa::kAvx512Bf16;
         for (const Isa isa : {Isa::kAmx, Isa::kAvx512Vnni, Isa::kAvx2Vnni, Isa::kAvx2,
                               Isa::kNeonI8mm, Isa::kNeonDotprod, Isa::kNeon})
             if (works_here(isa)) return isa;
@@ -133,6 +137,8 @@ const KernelTable* kernels_of(Isa isa) {
             return avx2_vnni_kernels();
         case Isa::kAvx512Vnni:
             return avx512_kernels();
+        case Isa::kAvx512Bf16:
+            return avx512_bf16_kernels();
         case Isa::kAmx:
             return amx_kernels();
 #elif defined(MLA_CPU_ARM)

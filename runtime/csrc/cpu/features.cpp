@@ -32,6 +32,8 @@ uint64_t saved_states() {
     return (static_cast<uint64_t>(high) << 32) | low;
 }
 
+constexpr uint32_t kAmd = 0x444d4163;  // the last letters of AuthenticAMD
+
 constexpr bool bit(uint32_t reg, int n) { return ((reg >> n) & 1u) != 0; }
 
 Features detect() {
@@ -59,6 +61,7 @@ Features detect() {
     f.avx512f = avx512_saved && bit(leaf7.ebx, 16) && dq && bw && vl;
     f.avx512_vnni = f.avx512f && bit(leaf7.ecx, 11);
     f.avx512_bf16 = f.avx512f && bit(leaf7_1.eax, 5);
+    f.fast_bf16 = f.avx512_bf16 && cpuid(0, 0).ecx == kAmd;
 
     const bool tiles = tiles_saved && bit(leaf7.edx, 24);
     f.amx_int8 = tiles && bit(leaf7.edx, 25);

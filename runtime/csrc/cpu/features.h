@@ -13,7 +13,8 @@ struct Features {
     bool avx512f = false;  // with bw, dq and vl, which Knights Landing lacks
     bool avx512_vnni = false;
     bool avx512_bf16 = false;
-    bool amx_int8 = false;  // on Linux a process must also ask for the tile state (arch_prctl)
+    bool fast_bf16 = false;  // vdpbf16ps is as quick as a fused multiply-add: AMD's
+    bool amx_int8 = false;   // on Linux a process must also ask for the tile state (arch_prctl)
     bool amx_bf16 = false;
     bool neon = false;
     bool dotprod = false;
@@ -23,7 +24,7 @@ struct Features {
 // Detected once; safe to call from any thread.
 const Features& features();
 
-// The names of the fields that are true, in the order of the struct.
+// The names of the instruction sets that are there, in the order of the struct.
 std::vector<const char*> feature_names();
 
 }  // namespace mla::cpu

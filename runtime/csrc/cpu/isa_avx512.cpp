@@ -1,5 +1,5 @@
-// AVX-512 with VNNI: Cascade Lake, Ice Lake, Zen 4. The expanded mode stays in fp32 also where
-// there is BF16: on Sapphire Rapids vdpbf16ps takes four times as long as a fused multiply-add.
+// AVX-512 with VNNI: Cascade Lake, Ice Lake. The expanded mode stays in fp32, also where there is
+// BF16 that is slow: on Sapphire Rapids vdpbf16ps takes four times as long as a fused multiply-add.
 #include "cpu/simd/table.h"
 #include "cpu/simd/vector_avx512.h"
 

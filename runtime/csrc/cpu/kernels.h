@@ -129,6 +129,7 @@ const KernelTable* portable_kernels();
 const KernelTable* avx2_kernels();
 const KernelTable* avx2_vnni_kernels();
 const KernelTable* avx512_kernels();
+const KernelTable* avx512_bf16_kernels();
 const KernelTable* amx_kernels();
 const KernelTable* neon_kernels();
 const KernelTable* neon_dotprod_kernels();

@@ -39,14 +39,15 @@ enum class Isa : int {
     kAvx2,        // with fma, f16c
     kAvx2Vnni,    // and the 256-bit vpdpbusd of AVX-VNNI
     kAvx512Vnni,  // f, bw, dq, vl and vnni
+    kAvx512Bf16,  // avx512_vnni, prompts in bf16
     kAmx,         // avx512_vnni with int8 and bf16 tiles
     kNeon,        // any aarch64
     kNeonDotprod,
     kNeonI8mm,  // with dotprod
 };
 
-// "auto", "portable", "avx2", "avx2_vnni", "avx512_vnni", "amx", "neon", "neon_dotprod",
-// "neon_i8mm".
+// "auto", "portable", "avx2", "avx2_vnni", "avx512_vnni", "avx512_bf16", "amx", "neon",
+// "neon_dotprod", "neon_i8mm".
 const char* isa_name(Isa isa);
 
 // The inverse; kUnknownIsa lists the names. `name` is read during the call only.
