@@ -61,17 +61,16 @@ def main() -> int:
         for past in options.past:
             for new in options.new:
                 times = {}
-                needed = {}
-                for mode in ("absorbed", "expanded", "auto"):
+                for mode in ("absorbed", "expanded"):
                     operator = Operator(
                         kernels, heads, options.rank, past, 1, "int4", steps=new, mode=mode
                     )
-                    needed[mode] = kernels.workspace_bytes(
-                        dataclasses.replace(operator.sizes, mode=mode)
-                    )
-                    if mode != "auto":
-                        layer = operator.layers[0]
-                        times[mode] = milliseconds(lambda o=operator, at=layer: o.call(at))
+                    layer = operator.layers[0]
+                    times[mode] = milliseconds(lambda o=operator, at=layer: o.call(at))
+                needed = {
+                    mode: kernels.workspace_bytes(dataclasses.replace(operator.sizes, mode=mode))
+                    for mode in ("auto", "expanded")
+                }
                 chosen = "expanded" if needed["auto"] == needed["expanded"] else "absorbed"
                 rate = 2 * products(heads, options.rank, past, new) / times["expanded"] / 1e9
                 print(

@@ -66,11 +66,11 @@ bool works_here(Isa isa) {
 
 Isa fastest() {
     static const Isa found = [] {
-        if (!works_here(Isa::kAmx) && works_here(Isa::kAvx512Bf16) && features().fast_bf16)
-            return Isa::kAvx512Bf16;
-        for (const Isa isa : {Isa::kAmx, Isa::kAvx512Vnni, Isa::kAvx2Vnni, Isa::kAvx2,
-                              Isa::kNeonI8mm, Isa::kNeonDotprod, Isa::kNeon})
+        for (const Isa isa : {Isa::kAmx, Isa::kAvx512Bf16, Isa::kAvx512Vnni, Isa::kAvx2Vnni,
+                              Isa::kAvx2, Isa::kNeonI8mm, Isa::kNeonDotprod, Isa::kNeon}) {
+            if (isa == Isa::kAvx512Bf16 && !features().fast_bf16) continue;
             if (works_here(isa)) return isa;
+        }
         return Isa::kPortable;
     }();
     return found;

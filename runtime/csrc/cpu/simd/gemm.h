@@ -1,4 +1,4 @@
-// Matrix products in fp32: c [rows, columns] = a [rows, depth] b [depth, columns].
+// Matrix products: c [rows, columns] = a [rows, depth] b [depth, columns], with sums in fp32.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,30 @@
 namespace mla::cpu {
 namespace {
 
+// What one step along the depth multiplies: a row of b, of which kPair lie interleaved, by as many
+// elements of a, which all lanes get.
 template <class X>
+struct Fp32Step {
+    using Element = float;
+    using Operand = typename X::F;
+    static constexpr int kPair = 1;
+    static Operand load(const float* p) { return X::load(p); }
+    static Operand broadcast(const float* p) { return X::set(*p); }
+    static typename X::F add(Operand x, Operand row, typename X::F sum) {
+        return X::fma(x, row, sum);
+    }
+};
+
+template <class X, class Step = Fp32Step<X>>
 struct Gemm {
     using F = typename X::F;
+    using E = typename Step::Element;
+    using Operand = typename Step::Operand;
+    static constexpr int kPair = Step::kPair;
 
     // R rows x C vectors of sums in registers.
     template <int R, int C>
-    static void tile(int depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+    static void tile(int depth, const E* a, int64_t lda, const E* b, int64_t ldb, float* c,
                      int64_t ldc, bool accumulate) {
         F sums[R][C];
 #pragma GCC unroll 8
@@ -22,15 +39,15 @@ struct Gemm {
 #pragma GCC unroll 8
             for (int j = 0; j < C; ++j)
                 sums[r][j] = accumulate ? X::load(c + r * ldc + 16 * j) : X::set(0);
-        for (int k = 0; k < depth; ++k) {
-            F row[C];
+        for (int k = 0; k < depth; k += kPair) {
+            Operand row[C];
 #pragma GCC unroll 8
-            for (int j = 0; j < C; ++j) row[j] = X::load(b + k * ldb + 16 * j);
+            for (int j = 0; j < C; ++j) row[j] = Step::load(b + k * ldb + 16 * kPair * j);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const F x = X::set(a[r * lda + k]);
+                const Operand x = Step::broadcast(a + r * lda + k);
 #pragma GCC unroll 8
-                for (int j = 0; j < C; ++j) sums[r][j] = X::fma(x, row[j], sums[r][j]);
+                for (int j = 0; j < C; ++j) sums[r][j] = Step::add(x, row[j], sums[r][j]);
             }
         }
 #pragma GCC unroll 8
@@ -41,8 +58,8 @@ struct Gemm {
 
     // Any number of rows up to R.
     template <int R, int C>
-    static void rows_of(int rows, int depth, const float* a, int64_t lda, const float* b,
-                        int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+    static void rows_of(int rows, int depth, const E* a, int64_t lda, const E* b, int64_t ldb,
+                        float* c, int64_t ldc, bool accumulate) {
         if constexpr (R > 1) {
             if (rows < R) return rows_of<R - 1, C>(rows, depth, a, lda, b, ldb, c, ldc, accumulate);
         }
@@ -51,7 +68,7 @@ struct Gemm {
 
     // A strip of b is used for all rows before the next.
     template <int C>
-    static void strip(int rows, int depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+    static void strip(int rows, int depth, const E* a, int64_t lda, const E* b, int64_t ldb,
                       float* c, int64_t ldc, bool accumulate) {
         constexpr int R = X::kFloatRows;
         for (int r = 0; r < rows; r += R)
@@ -59,15 +76,15 @@ struct Gemm {
                           ldc, accumulate);
     }
 
-    // columns: a multiple of 16.
-    static void run(int rows, int columns, int depth, const float* a, int64_t lda, const float* b,
+    // columns: a multiple of 16; depth of kPair.
+    static void run(int rows, int columns, int depth, const E* a, int64_t lda, const E* b,
                     int64_t ldb, float* c, int64_t ldc, bool accumulate) {
         constexpr int C = X::kFloatColumns;
         int j = 0;
         for (; j + 16 * C <= columns; j += 16 * C)
-            strip<C>(rows, depth, a, lda, b + j, ldb, c + j, ldc, accumulate);
+            strip<C>(rows, depth, a, lda, b + kPair * j, ldb, c + j, ldc, accumulate);
         for (; j < columns; j += 16)
-            strip<1>(rows, depth, a, lda, b + j, ldb, c + j, ldc, accumulate);
+            strip<1>(rows, depth, a, lda, b + kPair * j, ldb, c + j, ldc, accumulate);
     }
 };
 
