@@ -74,14 +74,8 @@ KERNEL = {"fp32": 3e-5, "bf16": 2.5e-2, "int8": 3.5e-2}
 
 def check(case: Case, isa: str, mode: str = "auto", precision: str = "bf16") -> None:
     output, cache = case.run(isa, mode=mode, precision=precision)
-    found = case.real(output)
-    kernel = Error.of(found, case.oracle(cache))
-    total = Error.of(found, case.oracle(None))
-    cache_alone = Error.of(case.oracle(cache), case.oracle(None))
-    print(f"{isa} {case.cache_format} {mode} {precision} {case.dims}")
-    print(f"  kernel error       {kernel}")
-    print(f"  quantisation error {cache_alone}")
-    print(f"  both               {total}")
+    title = f"{isa} {case.cache_format} {mode} {precision} {case.dims}"
+    kernel, cache_alone, total = case.errors(output, cache, title)
     exact = precision == "fp32" or isa == "portable"
     assert kernel.relative < (
         KERNEL["fp32"] if exact and precision != "int8" else KERNEL[precision]

@@ -158,3 +158,16 @@ class AttentionCase:
             self.scale,
         )
         return self.real(output)
+
+    def errors(
+        self, output: torch.Tensor, cache: list[torch.Tensor], title: str
+    ) -> tuple[Error, Error, Error]:
+        """The kernel's own error, that of the cache's quantisation, and both; printed too."""
+        found, exact, stored = self.real(output), self.oracle(None), self.oracle(cache)
+        kernel, total = Error.of(found, stored), Error.of(found, exact)
+        cache_alone = Error.of(stored, exact)
+        print(title)
+        print(f"  kernel error       {kernel}")
+        print(f"  quantisation error {cache_alone}")
+        print(f"  both               {total}")
+        return kernel, cache_alone, total
