@@ -1,10 +1,12 @@
 """Make a checkpoint with random weights, shard by shard: for measuring time and memory.
 
     python benchmarks/make_synthetic.py OUT [--layers 12] [--hidden 2048] [--experts 0] ...
+    python benchmarks/make_synthetic.py OUT --config CONFIG.json
 
 The default is the model of 0.71 B parameters that the project's figures speak of: a dense
-DeepSeek-V2 with 12 layers, hidden 2048, 16 heads, rank 512 + 64 and a vocabulary of 32000. Weights
-are normal with variance 1 / inputs, in bfloat16, so that activations stay of order one.
+DeepSeek-V2 with 12 layers, hidden 2048, 16 heads, rank 512 + 64 and a vocabulary of 32000; --config
+takes any model's config.json instead. Weights are normal with variance 1 / inputs, in bfloat16, so
+that activations stay of order one.
 """
 
 from __future__ import annotations
@@ -80,6 +82,7 @@ def weights(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--config", type=Path, help="a config.json in place of the sizes")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--ffn", type=int, default=5632)
@@ -91,10 +94,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="folder to copy it from")
     args = parser.parse_args()
+    sizes = ("layers", "hidden", "ffn", "heads", "rank", "vocab", "context", "experts")
+    if args.config and any(getattr(args, name) != parser.get_default(name) for name in sizes):
+        parser.error("--config has sizes of its own: leave the others out")
 
     started = time.monotonic()
     args.out.mkdir(parents=True)
-    (args.out / "config.json").write_text(json.dumps(config_json(args), indent=2) + "\n")
+    config = json.loads(args.config.read_text()) if args.config else config_json(args)
+    (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in TOKENIZER_FILES:
         if (args.tokenizer / name).exists():
             shutil.copyfile(args.tokenizer / name, args.out / name)

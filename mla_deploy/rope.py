@@ -11,13 +11,16 @@ import math
 
 import torch
 
-from mla_deploy.config import MlaConfig, RopeConfig, YarnScaling
+from mla_deploy.config import MlaConfig
+from mla_deploy.rope_config import RopeConfig, YarnScaling
 
 
 def inverse_frequencies(rope: RopeConfig, dim: int) -> torch.Tensor:
     """Radians a position of each pair. Shapes: to [dim / 2] float32."""
     exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     inv_freq = 1.0 / rope.theta**exponent
+    if rope.longrope is not None:
+        return inv_freq / torch.tensor(rope.longrope.factors)
     if rope.yarn is None:
         return inv_freq
     low, high = _correction_range(rope.yarn, rope.theta, dim)
@@ -27,6 +30,8 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> torch.Tensor:
 
 def cos_sin_scale(rope: RopeConfig) -> float:
     """What cos and sin are multiplied by."""
+    if rope.longrope is not None:
+        return rope.longrope.attention_factor
     yarn = rope.yarn
     if yarn is None:
         return 1.0

@@ -85,6 +85,28 @@ class Joined(Source):
 
 
 @dataclass(frozen=True)
+class PairedRows(Source):
+    """Rows of a matrix whose rotary ones the file holds as two halves, put into pairs.
+
+    Of each `block` rows the last `rope` are rotary: first all first ones of the pairs, then all
+    second ones.
+    """
+
+    stored: Stored
+    block: int
+    rope: int
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        return self.stored.tensors()
+
+    def slabs(self, read: Read) -> Iterator[torch.Tensor]:
+        blocks = read(self.stored.name, self.stored.shape).unflatten(0, (-1, self.block))
+        plain, halves = blocks.split((self.block - self.rope, self.rope), dim=1)
+        pairs = halves.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+        yield torch.cat((plain, pairs), dim=1).flatten(0, 1)
+
+
+@dataclass(frozen=True)
 class Expert(Source):
     """One expert as a slab [1, rows, ...]: one tensor, or the rows of two interleaved."""
 

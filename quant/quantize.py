@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 import mla_deploy
 from mla_deploy.checkpoint import Checkpoint, ShardWriter
-from mla_deploy.config import MlaConfig, read_json_object
+from mla_deploy.config import MlaConfig
+from mla_deploy.config_reader import read_json_object
 from mla_deploy.errors import CheckpointError, ConfigError, UsageError
 from mla_deploy.output import check_output, check_space, writing
 from mla_deploy.quant.cache_choice import (

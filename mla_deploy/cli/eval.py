@@ -253,7 +253,7 @@ def _latents(model: Any, path: Path, text: str, window: int) -> list[dict[str, A
 
 def _calibration(model: Path) -> Mapping[str, Any]:
     """What `quantize` measured, if it did."""
-    from mla_deploy.config import read_json_object
+    from mla_deploy.config_reader import read_json_object
     from mla_deploy.recipe import CALIBRATION_FILE, WEIGHT_BITS_FILE
 
     cache, weights = (

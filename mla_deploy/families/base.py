@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from mla_deploy.config import ConfigReader, MlaConfig, MoeConfig
+from mla_deploy.config import MlaConfig, MoeConfig
+from mla_deploy.config_reader import ConfigReader
 from mla_deploy.modules.attention import LatentAttention
 from mla_deploy.modules.decoder import Decoder, DecoderLayer, Epilogue, Prologue
 from mla_deploy.modules.mlp import MoeMlp, Router, SwigluMlp

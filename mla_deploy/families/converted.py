@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from mla_deploy.config import ConfigReader, MlaConfig, read_common
+from mla_deploy.config import MlaConfig, read_common
+from mla_deploy.config_reader import ConfigReader
 from mla_deploy.errors import ConfigError
 from mla_deploy.families.base import Family
 from mla_deploy.modules.attention import LatentAttention

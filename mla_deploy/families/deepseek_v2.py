@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mla_deploy.config import ConfigReader, MlaConfig, MoeConfig, read_common, read_moe
+from mla_deploy.config import MlaConfig, MoeConfig, read_common, read_moe
+from mla_deploy.config_reader import ConfigReader
 from mla_deploy.families.base import Family
 from mla_deploy.modules.mlp import Router
 

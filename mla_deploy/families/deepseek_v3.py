@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from mla_deploy.config import ConfigReader, MlaConfig, MoeConfig, read_common, read_moe
+from mla_deploy.config import MlaConfig, MoeConfig, read_common, read_moe
+from mla_deploy.config_reader import ConfigReader
 from mla_deploy.families.base import Family
 from mla_deploy.modules.mlp import Router
 from mla_deploy.sources import Stored
@@ -49,8 +50,8 @@ class DeepseekV3(Family):
     def read_config(self, keys: ConfigReader) -> MlaConfig:
         keys.expect("topk_method", "noaux_tc")
         keys.expect("scoring_func", "sigmoid")
-        keys.expect("rope_interleave", True)
-        return read_common(keys, read_moe(keys, "noaux_tc", norm_topk_prob=True))
+        moe = read_moe(keys, "noaux_tc", norm_topk_prob=True)
+        return read_common(keys, moe, rope_interleave=keys.flag("rope_interleave", True))
 
     def router(self, moe: MoeConfig, hidden: int, prefix: str) -> Router:
         return SigmoidRouter(moe, hidden, prefix)

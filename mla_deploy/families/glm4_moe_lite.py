@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mla_deploy.config import ConfigReader, MlaConfig, read_common, read_moe
+from mla_deploy.config import MlaConfig, read_common, read_moe
+from mla_deploy.config_reader import ConfigReader
 from mla_deploy.errors import ConfigError
 from mla_deploy.families.deepseek_v3 import DeepseekV3
 
@@ -14,9 +15,9 @@ class Glm4MoeLite(DeepseekV3):
 
     def read_config(self, keys: ConfigReader) -> MlaConfig:
         keys.expect("topk_method", "noaux_tc")
-        keys.expect("rope_interleave", True)
         moe = read_moe(keys, "noaux_tc", norm_topk_prob=True, first_k_dense_replace=1)
-        config = read_common(keys, moe, rms_norm_eps=1e-5)
+        interleave = keys.flag("rope_interleave", True)
+        config = read_common(keys, moe, rms_norm_eps=1e-5, rope_interleave=interleave)
         kinds = keys.get("mlp_layer_types")
         if moe is not None and kinds is not None:
             ours = ["dense", "sparse"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mla_deploy.config import ConfigReader, MlaConfig, read_common
+from mla_deploy.config import MlaConfig, read_common
+from mla_deploy.config_reader import ConfigReader
 from mla_deploy.families.base import Family
 
 
@@ -12,6 +13,6 @@ class Youtu(Family):
     model_types = ("youtu",)
 
     def read_config(self, keys: ConfigReader) -> MlaConfig:
-        keys.expect("rope_interleave", True)
         keys.get("embedding_initializer_range")  # training only
-        return read_common(keys, moe=None)
+        interleave = keys.flag("rope_interleave", True)
+        return read_common(keys, moe=None, rope_interleave=interleave)

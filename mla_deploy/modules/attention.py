@@ -34,15 +34,18 @@ class LatentAttention(Block):
         nope, rope, v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         bias = config.attention_bias
         q_rows = heads * (nope + rope)
-        kv_a = Piece(f"{prefix}.kv_a_proj_with_mqa", rank + rope, bias)
+        q_order, kv_order = (
+            None if config.rope_interleave else (plain + rope, rope) for plain in (nope, rank)
+        )
+        kv_a = Piece(f"{prefix}.kv_a_proj_with_mqa", rank + rope, bias, kv_order)
         if config.q_lora_rank is None:
-            q_a = Piece(f"{prefix}.q_proj", q_rows, bias and config.query_bias)
+            q_a = Piece(f"{prefix}.q_proj", q_rows, bias and config.query_bias, q_order)
         else:
             q_a = Piece(f"{prefix}.q_a_proj", config.q_lora_rank, bias)
             self.q_a_layernorm = Norm(
                 config.q_lora_rank, f"{prefix}.q_a_layernorm", config.latent_norm_eps
             )
-            q_b = Piece(f"{prefix}.q_b_proj", q_rows)
+            q_b = Piece(f"{prefix}.q_b_proj", q_rows, rotary_halves=q_order)
             self.q_b_proj = Linear(config.q_lora_rank, (q_b,), recipe.linear)
         self.qkv_a_proj = Linear(hidden, (q_a, kv_a), recipe.linear)
         self.o_proj = Linear(

@@ -26,6 +26,7 @@ class Prologue(Block):
             config.recipe.embedding,
             config.recipe.table_dtype,
         )
+        self.embedding_scale = config.embedding_scale
         self.scale = cos_sin_scale(config.rope)
         self.register_buffer("inv_freq", inverse_frequencies(config.rope, config.qk_rope_head_dim))
 
@@ -36,7 +37,8 @@ class Prologue(Block):
         step = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         position = (past_lengths.unsqueeze(1) + step).float()
         angle = position.unsqueeze(2) * self.inv_freq
-        return self.embed_tokens(input_ids), angle.cos() * self.scale, angle.sin() * self.scale
+        x = _scaled(self.embed_tokens(input_ids), self.embedding_scale)
+        return x, angle.cos() * self.scale, angle.sin() * self.scale
 
 
 class DecoderLayer(Block):
@@ -93,6 +95,7 @@ class Epilogue(Block):
         lm_head_format = config.recipe.lm_head
         is_tied = config.tie_word_embeddings and lm_head_format is None
         name = "model.embed_tokens" if is_tied else "lm_head"
+        self.logit_scale = config.logit_scale
         self.norm = Norm(config.hidden_size, "model.norm", config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, (Piece(name, config.vocab_size),), lm_head_format)
 
@@ -102,7 +105,7 @@ class Epilogue(Block):
         """Shapes: x, residual [B, S, hidden], logit_index [B, L], to [B, L, vocab_size]."""
         sequence = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
         hidden, _ = self.norm.after_add(x[sequence, logit_index], residual[sequence, logit_index])
-        return self.lm_head(hidden)
+        return self.lm_head(_scaled(hidden, self.logit_scale))
 
 
 class Decoder(nn.Module):
@@ -133,3 +136,7 @@ class Decoder(nn.Module):
             )
             new_cache.append(parts)
         return self.epilogue(x, residual, logit_index), new_cache
+
+
+def _scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
+    return x if scale == 1.0 else x * scale

@@ -11,7 +11,7 @@ from mla_deploy import ops
 from mla_deploy.modules.base import Block
 from mla_deploy.packing import CODES, SCALES, ZEROS
 from mla_deploy.recipe import WeightFormat
-from mla_deploy.sources import Joined, Source, Stored, Zeros
+from mla_deploy.sources import Joined, PairedRows, Source, Stored, Zeros
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,13 @@ class Piece:
     name: str
     rows: int
     has_bias: bool = False
+    rotary_halves: tuple[int, int] | None = None
+    """`block` and `rope` of `PairedRows`, where the file holds rotary rows as halves."""
+
+    def source(self, part: str, tail: tuple[int, ...]) -> Source:
+        """The tensor `NAME.PART` [rows, *tail]."""
+        stored = Stored(f"{self.name}.{part}", (self.rows, *tail))
+        return stored if self.rotary_halves is None else PairedRows(stored, *self.rotary_halves)
 
 
 def stored_shapes(
@@ -65,7 +72,7 @@ class Linear(Block):
         self.bias = None
         rows = sum(piece.rows for piece in pieces)
         for name, (tail, dtype) in stored_shapes((), in_features, weight_format).items():
-            joined = Joined(tuple(Stored(f"{p.name}.{name}", (p.rows, *tail)) for p in pieces))
+            joined = Joined(tuple(piece.source(name, tail) for piece in pieces))
             self.declare(name, (rows, *tail), joined, dtype)
         if any(piece.has_bias for piece in pieces):
             del self.bias
@@ -130,6 +137,4 @@ class Norm(Block):
 
 
 def _bias(piece: Piece) -> Source:
-    if piece.has_bias:
-        return Stored(f"{piece.name}.bias", (piece.rows,))
-    return Zeros((piece.rows,))
+    return piece.source("bias", ()) if piece.has_bias else Zeros((piece.rows,))

@@ -16,7 +16,7 @@ import torch
 
 import mla_deploy
 from mla_deploy.checkpoint import ShardWriter
-from mla_deploy.config import PROVENANCE_KEY, read_json_object
+from mla_deploy.config_reader import PROVENANCE_KEY, read_json_object
 from mla_deploy.errors import CheckpointError, ConfigError, UsageError
 from mla_deploy.output import check_output, check_space, writing
 from mla_deploy.quant.compress.calibration import Windows, windows_from_model, windows_from_text

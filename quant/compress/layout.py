@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mla_deploy.config import PROVENANCE_KEY
+from mla_deploy.config_reader import PROVENANCE_KEY
 from mla_deploy.families.converted import MODEL_TYPE
 from mla_deploy.quant.compress.geometry import Geometry
 from mla_deploy.quant.compress.layer import LatentWeights, Weights

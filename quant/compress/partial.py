@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mla_deploy.config import read_json_object
+from mla_deploy.config_reader import read_json_object
 from mla_deploy.output import writing
 from mla_deploy.quant.compress.geometry import Geometry
 from mla_deploy.quant.compress.heal import Curve, Student

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mla_deploy.checkpoint import TensorFolder, refuse_quantized
-from mla_deploy.config import ConfigReader, read_json_object, read_token_ids
+from mla_deploy.config_reader import ConfigReader, read_json_object, read_token_ids
 from mla_deploy.errors import CheckpointError, ConfigError
 from mla_deploy.families import families
 

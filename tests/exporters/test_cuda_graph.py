@@ -88,14 +88,15 @@ def test_a_trained_model_gives_the_logits_of_the_reference(
         assert errors.quantile(0.95) < TOLERANCE
 
 
-@pytest.fixture(scope="module", params=["dense", "moe"])
+@pytest.fixture(scope="module", params=["dense", "moe", "minicpm3"])
 def quantized(
     request: pytest.FixtureRequest, tiny_mla: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A random model, its weights in int4, experts too."""
     root = tmp_path_factory.mktemp(request.param)
     moe = request.param == "moe"
-    model = random_model("deepseek_v3", moe=moe, yarn=True, q_lora=True, sharpness=1.0, **SIZES)
+    family = "minicpm3" if request.param == "minicpm3" else "deepseek_v3"
+    model = random_model(family, moe=moe, yarn=True, q_lora=True, sharpness=1.0, **SIZES)
     source = save_checkpoint(model, root / "source", tiny_mla)
     options = QuantizeOptions(kv="fp16", weights="int4", embedding="int4", group=32)
     quantize_checkpoint(source, root / "small", options)

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from support.graph_runner import GraphRunner
-from support.models import VOCAB, random_model, relative_error, save_checkpoint, transformers_logits
+from support.models import (
+    LONGROPE,
+    VOCAB,
+    random_model,
+    relative_error,
+    save_checkpoint,
+    transformers_logits,
+)
+from transformers import PreTrainedModel
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.exporters.onnx import export_onnx
@@ -23,8 +31,19 @@ STEPS = 64
 def test_prefill_and_decode_equal_transformers(
     tmp_path: Path, tiny_mla: Path, family: str, moe: bool, yarn: bool, q_lora: bool
 ) -> None:
+    assert_graph_equals(random_model(family, moe=moe, yarn=yarn, q_lora=q_lora), tmp_path, tiny_mla)
+
+
+def test_minicpm3_with_longrope_equals_transformers(tmp_path: Path, tiny_mla: Path) -> None:
+    """Scaled embeddings and logits, rotary rows as halves."""
+    theirs = random_model(
+        "minicpm3", moe=False, yarn=False, q_lora=True, rope_parameters=dict(LONGROPE)
+    )
+    assert_graph_equals(theirs, tmp_path, tiny_mla)
+
+
+def assert_graph_equals(theirs: PreTrainedModel, tmp_path: Path, tiny_mla: Path) -> None:
     """Three prompts of unequal length in one batch, then 64 steps; and one prompt alone."""
-    theirs = random_model(family, moe=moe, yarn=yarn, q_lora=q_lora)
     source = save_checkpoint(theirs, tmp_path / "source", tiny_mla)
     bundle = Bundle.open(export_onnx(source, tmp_path / "bundle").bundle)
     texts = [torch.randint(VOCAB, (prompt + STEPS,)) for prompt in PROMPTS]

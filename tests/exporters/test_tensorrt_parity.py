@@ -62,6 +62,7 @@ def checkpoint(
         ("deepseek_v3", True, DEFAULT, "fp32", "rtx1.7"),
         ("deepseek_v3", True, FLOAT, "fp16", "trt10.3"),
         ("deepseek_v2", True, MIXED, "fp32", "trt10.3"),
+        ("minicpm3", False, INT4, "fp32", "trt10.3"),
     ],
     ids=[
         "dense-float",
@@ -70,6 +71,7 @@ def checkpoint(
         "moe-default",
         "moe-float-fp16",
         "moe-mixed",
+        "minicpm3-int4",
     ],
 )
 def exported(

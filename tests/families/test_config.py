@@ -22,11 +22,59 @@ REAL = {
 }
 
 
+MINICPM3_4B = {
+    "architectures": ["MiniCPM3ForCausalLM"],
+    "model_type": "minicpm3",
+    "bos_token_id": 1,
+    "eos_token_id": [2, 73440],
+    "hidden_act": "silu",
+    "hidden_size": 2560,
+    "initializer_range": 0.1,
+    "intermediate_size": 6400,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 62,
+    "num_key_value_heads": 40,
+    "q_lora_rank": 768,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "type": "longrope",
+        "long_factor": [1.0 + pair for pair in range(16)],
+        "short_factor": [1.0 + pair for pair in range(16)],
+        "original_max_position_embeddings": 32768,
+    },
+    "vocab_size": 73448,
+    "scale_emb": 12,
+    "dim_model_base": 256,
+    "scale_depth": 1.4,
+}
+"""The keys of openbmb/MiniCPM3-4B; its factors are equal in both lists too."""
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def longrope(trained: int = 4096, **changes: Any) -> dict[str, Any]:
+    factors = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+    scaling = {"rope_type": "longrope", "original_max_position_embeddings": trained}
+    return scaling | factors | changes
+
+
 def changed(tiny_mla: Path, tmp_path: Path, **changes: Any) -> Path:
     raw = json.loads((tiny_mla / "config.json").read_text()) | changes
     file = tmp_path / "config.json"
     file.write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
     return file
+
+
+def test_minicpm3_has_the_published_size_and_the_defaults_of_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MINICPM3_4B))
+    config = load_config(tmp_path)
+    assert count_parameters(config) == pytest.approx(4.07e9, rel=1e-3)
+    assert (config.v_head_dim, config.eos_token_ids) == (64, (2, 73440))
+    assert config.rope.longrope is not None
+    assert config.rope.longrope.attention_factor == 1.0  # trained at its full context
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -61,7 +109,18 @@ def test_an_unknown_key_is_named(tiny_mla: Path, tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act has a value that is not supported"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok does not fit"),
         ({"n_group": 3}, "multiple of n_group"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope scaling is not supported"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope scaling is not supported"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "embeddings is missing"),
+        ({"rope_parameters": YARN | {"factor": 0}}, "factor must be positive"),
+        ({"rope_parameters": YARN | {"beta_slow": -1.0}}, "beta_slow must be positive"),
+        ({"rope_parameters": YARN | {"original_max_position_embeddings": 1}}, "too small"),
+        ({"rope_parameters": longrope(32)}, "other factors from 32 tokens on"),
+        ({"rope_parameters": longrope(long_factor=[1.0] * 15)}, "long_factor is not such a list"),
+        ({"rope_parameters": longrope(short_factor=[0.0] * 16)}, "short_factor is not such a list"),
+        ({"rope_parameters": longrope(short_factor=[True] * 16)}, "short_factor is not such"),
+        ({"rope_parameters": longrope(short_factor=2.0)}, "short_factor has the wrong type"),
+        ({"rope_parameters": longrope(attention_factor=float("nan"))}, "attention_factor must be"),
+        ({"rope_parameters": longrope(beta_fast=32)}, "rope scaling has keys"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "factor is missing"),
         ({"rope_parameters": {"rope_theta": 1e4, "truncate": False}}, "rope scaling has keys"),
         ({"mla_deploy": {"version": 99}}, "recipe is of another version"),

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support.models import VOCAB, random_model, relative_error, save_checkpoint, transformers_logits
+from support.models import (
+    LONGROPE,
+    PLAIN_ROPE,
+    VOCAB,
+    YARN,
+    random_model,
+    relative_error,
+    save_checkpoint,
+    transformers_logits,
+)
 
 from mla_deploy.config import load_config
 from mla_deploy.model import count_parameters, forward_window, load_model, set_attention_mode
@@ -55,6 +65,34 @@ def test_variants_equal_transformers(
         ids = torch.randint(VOCAB, (1, 40))
         found = forward_window(load_model(folder), load_config(folder), ids)[0]
         assert relative_error(found, transformers_logits(theirs, ids[0])) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe_lite", "youtu"])
+def test_rotary_channels_stored_as_halves_equal_transformers(tmp_path: Path, family: str) -> None:
+    changes = {"rope_interleave": False, "attention_bias": family != "youtu"}
+    for q_lora in (True, False):
+        moe = family == "glm4_moe_lite"
+        theirs = random_model(family, moe=moe, yarn=True, q_lora=q_lora, **changes)
+        folder = save_checkpoint(theirs, tmp_path / str(q_lora), None)
+        ids = torch.randint(VOCAB, (1, 100))
+        found = forward_window(load_model(folder), load_config(folder), ids)[0]
+        assert relative_error(found, transformers_logits(theirs, ids[0])) < 1e-4
+
+
+@pytest.mark.parametrize("q_lora", [True, False], ids=["q_lora", "no_q_lora"])
+@pytest.mark.parametrize("rope", [PLAIN_ROPE, YARN, LONGROPE], ids=lambda rope: rope["rope_type"])
+def test_minicpm3_equals_transformers(tmp_path: Path, rope: dict[str, Any], q_lora: bool) -> None:
+    changes = {"scale_emb": 3, "scale_depth": 0.7, "dim_model_base": 32, "rms_norm_eps": 1e-3}
+    theirs = random_model(
+        "minicpm3", moe=False, yarn=False, q_lora=q_lora, rope_parameters=dict(rope), **changes
+    )
+    save_checkpoint(theirs, tmp_path, None)
+    config, ours = load_config(tmp_path), load_model(tmp_path)
+    ids = torch.randint(VOCAB, (2, 150))
+    expected = torch.stack([transformers_logits(theirs, one) for one in ids])
+    for mode in ("absorbed", "expanded"):
+        set_attention_mode(ours, mode)
+        assert relative_error(forward_window(ours, config, ids), expected) < 1e-4
 
 
 @pytest.mark.parametrize(("family", "moe"), [("glm4_moe_lite", True), ("youtu", False)])

@@ -34,3 +34,10 @@ def moe_v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **SIZES,
     )  # fmt: skip
     return save_checkpoint(model, tmp_path_factory.mktemp("moe_v3"), None)
+
+
+@pytest.fixture(scope="session")
+def minicpm3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """minicpm3: rotary rows as halves, scaled branches."""
+    model = random_model("minicpm3", moe=False, yarn=False, q_lora=True, q_lora_rank=96, **SIZES)
+    return save_checkpoint(model, tmp_path_factory.mktemp("minicpm3"), None)

@@ -67,7 +67,7 @@ def copy(source: Path, to: Path) -> Path:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("model", ["dense_v2", "moe_v3"])
+@pytest.mark.parametrize("model", ["dense_v2", "moe_v3", "minicpm3"])
 def test_the_result_is_a_complete_checkpoint(
     model: str, options: QuantizeOptions, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -112,11 +112,12 @@ def test_without_quantisation_nothing_changes(moe_v3: Path, tmp_path: Path) -> N
     assert torch.equal(logits(tmp_path / "out", ids), logits(moe_v3, ids))
 
 
-def test_int8_is_close(dense_v2: Path, tmp_path: Path) -> None:
-    options = QuantizeOptions(kv="int8", weights="int8")
-    quantize_checkpoint(dense_v2, tmp_path / "out", options)
+@pytest.mark.parametrize("model", ["dense_v2", "minicpm3"])
+def test_int8_is_close(model: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    source = request.getfixturevalue(model)
+    quantize_checkpoint(source, tmp_path / "out", QuantizeOptions(kv="int8", weights="int8"))
     ids = torch.randint(0, 192, (2, 50))
-    expected = logits(dense_v2, ids)
+    expected = logits(source, ids)
     error = (logits(tmp_path / "out", ids) - expected).norm() / expected.norm()
     assert float(error) < 0.06
 

@@ -75,7 +75,7 @@ def test_matrices_of_zeros_have_axes_too() -> None:
     assert torch.allclose(axes @ axes.T, torch.eye(8))
 
 
-@pytest.mark.parametrize("family", ["dense_v2", "moe_v3"])
+@pytest.mark.parametrize("family", ["dense_v2", "moe_v3", "minicpm3"])
 def test_any_geometry_gives_a_rotation(family: str, request: pytest.FixtureRequest) -> None:
     checkpoint = Checkpoint(request.getfixturevalue(family))
     layer = build(checkpoint.config).layers[-1]

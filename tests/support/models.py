@@ -18,6 +18,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Glm4MoeLiteConfig,
     Glm4MoeLiteForCausalLM,
+    MiniCPM3Config,
+    MiniCPM3ForCausalLM,
     PreTrainedModel,
     YoutuConfig,
     YoutuForCausalLM,
@@ -38,9 +40,17 @@ CLASSES: dict[str, Any] = {
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
     "glm4_moe_lite": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM),
+    "minicpm3": (MiniCPM3Config, MiniCPM3ForCausalLM),
     "youtu": (YoutuConfig, YoutuForCausalLM),
 }
-YOUTU_KEYS = set(YoutuConfig().to_dict()) | {"attn_implementation"}
+DENSE = ("minicpm3", "youtu")
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0, 1.1, 1.3, 1.6, 2.1, 2.9, 3.6, 4.0],
+    "long_factor": [1.0, 1.1, 1.3, 1.6, 2.1, 2.9, 3.6, 4.0],
+}
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
@@ -81,9 +91,10 @@ def random_model(
     if family == "glm4_moe_lite":
         dense = settings["first_k_dense_replace"]
         settings["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (3 - dense)
-    if family == "youtu":
-        settings = {name: value for name, value in settings.items() if name in YOUTU_KEYS}
     config_class, model_class = CLASSES[family]
+    if family in DENSE:
+        known = {*config_class().to_dict(), "attn_implementation"}
+        settings = {name: value for name, value in settings.items() if name in known}
     model = model_class(config_class(**settings)).eval()
     randomize(model, sharpness)
     return model
@@ -94,7 +105,7 @@ def randomize(model: PreTrainedModel, sharpness: float = 2.0) -> None:
     """Weights that preserve variance, sharp attention, norms that are not one."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in tensors:
-        if "inv_freq" in name:
+        if "inv_freq" in name or "embed_scale" in name:
             continue
         if name.endswith("norm.weight"):
             tensor.uniform_(0.5, 1.5)

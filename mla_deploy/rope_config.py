@@ -1,0 +1,126 @@
+"""What a config.json says of rotary positions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mla_deploy.config_reader import ConfigReader
+from mla_deploy.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (Peng et al., 2023) as transformers parametrises it."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """LongRoPE (Ding et al., 2024), with one list of factors for all positions."""
+
+    factors: tuple[float, ...]
+    """What the wavelength of each pair is multiplied by."""
+    attention_factor: float
+    """What cos and sin are multiplied by."""
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions of the `qk_rope_head_dim` channels."""
+
+    theta: float
+    yarn: YarnScaling | None
+    longrope: LongRopeScaling | None = None
+    inv_freq: tuple[tuple[float, ...], ...] | None = None
+    """Radians a position of each pair, layer by layer, where layers differ; then nothing else here
+    says anything."""
+
+
+_ROPE_KEYS = {
+    "default": {"rope_theta"},
+    "yarn": {
+        "rope_theta", "factor", "original_max_position_embeddings",
+        "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+    },
+    "longrope": {
+        "rope_theta", "factor", "original_max_position_embeddings",
+        "short_factor", "long_factor", "attention_factor",
+    },
+}  # fmt: skip
+"""The keys of each rope scaling."""
+
+
+def read_rope(keys: ConfigReader) -> RopeConfig:
+    """`rope_parameters`, or the older `rope_theta` with `rope_scaling`."""
+    scaling = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
+    keys.get("rope_scaling")
+    theta = scaling.get("rope_theta", keys.get("rope_theta"))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in _ROPE_KEYS:
+        raise ConfigError(
+            f"{keys.origin}: this rope scaling is not supported",
+            found=kind,
+            allowed=", ".join(_ROPE_KEYS),
+        )
+    known = _ROPE_KEYS[kind] | {"rope_type", "type"}
+    if unknown := sorted(set(scaling) - known):
+        raise ConfigError(
+            f"{keys.origin}: the rope scaling has keys that are not known",
+            found=", ".join(unknown),
+            allowed=", ".join(sorted(known)),
+        )
+    nested = ConfigReader(scaling, f"{keys.origin}, rope scaling")
+    return RopeConfig(
+        theta=float(10000.0 if theta is None else theta),
+        yarn=_read_yarn(nested) if kind == "yarn" else None,
+        longrope=_read_longrope(nested, keys) if kind == "longrope" else None,
+    )
+
+
+def _read_yarn(nested: ConfigReader) -> YarnScaling:
+    return YarnScaling(
+        factor=nested.positive("factor"),
+        original_max_position_embeddings=_trained_context(nested),
+        beta_fast=nested.positive("beta_fast", 32.0),
+        beta_slow=nested.positive("beta_slow", 1.0),
+        mscale=nested.number("mscale", 0.0),
+        mscale_all_dim=nested.number("mscale_all_dim", 0.0),
+    )
+
+
+def _read_longrope(nested: ConfigReader, keys: ConfigReader) -> LongRopeScaling:
+    """Where the factors change at a length, keys in the cache would have to be turned again."""
+    pairs = keys.integer("qk_rope_head_dim") // 2
+    context = keys.integer("max_position_embeddings")
+    trained = _trained_context(nested)
+    short, long = (
+        nested.numbers(name, pairs, "one for each pair of rotary channels")
+        for name in ("short_factor", "long_factor")
+    )
+    if short != long and context > trained:
+        raise ConfigError(
+            f"{keys.origin}: the rope scaling has other factors from {trained} tokens on, so that "
+            "keys in the cache would change",
+            found=f"max_position_embeddings {context}",
+            allowed=f"up to {trained}, or equal short_factor and long_factor",
+            hint=f"set max_position_embeddings to {trained}, or long_factor in both places for a "
+            "model that is used at long contexts",
+        )
+    factor = nested.positive("factor", context / trained)
+    longer = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+    return LongRopeScaling(short, nested.positive("attention_factor", longer))
+
+
+def _trained_context(nested: ConfigReader) -> int:
+    key = "original_max_position_embeddings"
+    tokens = nested.integer(key)
+    if tokens < 2:
+        raise ConfigError(f"{nested.origin}: {key} is too small", found=tokens, allowed="2 or more")
+    return tokens
