@@ -114,7 +114,7 @@ def test_an_unknown_key_is_named(tiny_mla: Path, tmp_path: Path) -> None:
         ({"rope_parameters": YARN | {"factor": 0}}, "factor must be positive"),
         ({"rope_parameters": YARN | {"beta_slow": -1.0}}, "beta_slow must be positive"),
         ({"rope_parameters": YARN | {"original_max_position_embeddings": 1}}, "too small"),
-        ({"rope_parameters": longrope(32)}, "other factors from 32 tokens on"),
+        ({"rope_parameters": longrope(4095)}, "other factors from 4095 tokens on"),
         ({"rope_parameters": longrope(long_factor=[1.0] * 15)}, "long_factor is not such a list"),
         ({"rope_parameters": longrope(short_factor=[0.0] * 16)}, "short_factor is not such a list"),
         ({"rope_parameters": longrope(short_factor=[True] * 16)}, "short_factor is not such"),

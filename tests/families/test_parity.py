@@ -22,6 +22,8 @@ from mla_deploy.config import load_config
 from mla_deploy.model import count_parameters, forward_window, load_model, set_attention_mode
 
 FAMILIES = ["deepseek_v2", "deepseek_v3"]
+SHORT_ROPE = LONGROPE | {"original_max_position_embeddings": 256, "long_factor": [9.0] * 8}
+"""No position of the context needs the long factors."""
 
 
 @pytest.mark.parametrize("q_lora", [True, False], ids=["q_lora", "no_q_lora"])
@@ -80,7 +82,11 @@ def test_rotary_channels_stored_as_halves_equal_transformers(tmp_path: Path, fam
 
 
 @pytest.mark.parametrize("q_lora", [True, False], ids=["q_lora", "no_q_lora"])
-@pytest.mark.parametrize("rope", [PLAIN_ROPE, YARN, LONGROPE], ids=lambda rope: rope["rope_type"])
+@pytest.mark.parametrize(
+    "rope",
+    [PLAIN_ROPE, YARN, LONGROPE, SHORT_ROPE],
+    ids=["default", "yarn", "longrope", "longrope-short"],
+)
 def test_minicpm3_equals_transformers(tmp_path: Path, rope: dict[str, Any], q_lora: bool) -> None:
     changes = {"scale_emb": 3, "scale_depth": 0.7, "dim_model_base": 32, "rms_norm_eps": 1e-3}
     theirs = random_model(
