@@ -200,7 +200,9 @@ def main() -> None:
     add("int4, hadamard, 16 times", own, times(record, 16), hadamard)
     if args.calibration is not None:
         text = CalibrationText.read([args.calibration], args.model, config, 1536)
-        _, tried = calibrate(model, config, text, ("int4",), measures_kl=False)
+        _, tried = calibrate(
+            model, config, text, [("int4",)] * config.num_hidden_layers, measures_kl=False
+        )
         balanced = [one["balanced"] for one in tried]
         add("int4, balanced", own, times(record, 1), balanced)
         wide = cache_record("int4-g32")

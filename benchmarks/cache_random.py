@@ -76,7 +76,9 @@ def main() -> None:
     model = random_model(config, args.outliers)
     ids = torch.randint(0, config.vocab_size, (args.tokens,)).split(WINDOW)
     text = CalibrationText(tuple(tuple(part.tolist()) for part in ids), "")
-    measured, _ = calibrate(model, config, text, FORMATS, measures_kl=False)
+    measured, _ = calibrate(
+        model, config, text, [FORMATS] * config.num_hidden_layers, measures_kl=False
+    )
     print("| record | bytes | none | hadamard | balanced |\n|---|---|---|---|---|")
     for at, name in enumerate(FORMATS):
         size = cache_record(name).bytes_per_token(args.rank, args.rope)

@@ -136,7 +136,9 @@ def main() -> None:
     layers = config.num_hidden_layers
     formats = (*sorted(auto_formats(config), key=ORDER.index), "fp8")
     text = CalibrationText.read([args.calibration], args.model, config, args.calibration_tokens)
-    measured, tried = calibrate(model, config, text, formats, measures_kl=bool(args.budgets))
+    measured, tried = calibrate(
+        model, config, text, [formats] * config.num_hidden_layers, measures_kl=bool(args.budgets)
+    )
     sizes = {one.format: one.bytes for one in measured.layers[0]}
     for found, rotation in zip(tried, rotations_of_weights(args.model), strict=True):
         found["weights"] = rotation

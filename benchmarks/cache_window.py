@@ -99,7 +99,9 @@ def main() -> None:
     config, model = load_config(args.model), load_model(args.model)
     sizes = config.kv_lora_rank, config.qk_rope_head_dim
     text = CalibrationText.read([args.calibration], args.model, config, args.calibration_tokens)
-    measured, tried = calibrate(model, config, text, (args.record,), measures_kl=False)
+    measured, tried = calibrate(
+        model, config, text, [(args.record,)] * config.num_hidden_layers, measures_kl=False
+    )
     chosen = [one[layer[0].rotation] for one, layer in zip(tried, measured.layers, strict=True)]
     # The cache itself stays exact: `attend` restores what a query sees of it.
     caches = [("fp32", rotation) for rotation in chosen]

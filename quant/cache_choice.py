@@ -99,12 +99,15 @@ def choose_cache(
         rotate: as in `calibrate`.
     """
     model = load_model(source)
-    tried_formats = auto_formats(config) if formats is None else tuple(dict.fromkeys(formats))
+    if formats is None:
+        every_format: list[Sequence[str]] = [auto_formats(config)] * config.num_hidden_layers
+    else:
+        every_format = [(name,) for name in formats]
     measured, tried = calibrate(
         model,
         config,
         text,
-        tried_formats,
+        every_format,
         rotate=rotate,
         measures_kl=formats is None,
         progress=progress,
@@ -117,7 +120,7 @@ def choose_cache(
     points: tuple[Point, ...] = ()
     chosen: Sequence[int]
     if formats is not None:
-        chosen = [tried_formats.index(name) for name in formats]
+        chosen = [0] * len(formats)
     else:
         assert budget is not None
         items = [

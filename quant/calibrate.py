@@ -74,17 +74,17 @@ def calibrate(
     model: Decoder,
     config: MlaConfig,
     text: CalibrationText,
-    formats: Sequence[str],
+    formats: Sequence[Sequence[str]],
     *,
     rotate: bool | None = None,
     measures_kl: bool = True,
     progress: Progress | None = None,
 ) -> tuple[Calibration, list[dict[str, LatentRotation | None]]]:
-    """Measure the formats in every layer.
+    """Measure formats of the cache in every layer.
 
     Args:
         model: unquantised, with its weights.
-        formats: names of cache records, all of which can hold this latent.
+        formats: for each layer names of cache records, all of which can hold this latent.
         rotate: None lets the error decide between all rotations and none; True: only between
             rotations; False: none.
         measures_kl: without, `CacheChoice.kl` stays None.
@@ -93,7 +93,7 @@ def calibrate(
         What was measured, and the rotations that were tried in each layer, by name.
     """
     layers = config.num_hidden_layers
-    total = len(text.windows) * layers * (2 + len(formats) * measures_kl)
+    total = len(text.windows) * (2 * layers + sum(map(len, formats)) * measures_kl)
     done = 0
 
     def move(what: str) -> None:
@@ -111,20 +111,20 @@ def calibrate(
             errors.add(run, layer, x, residual)
             move(f"error of layer {layer}")
     decided = errors.decide()
-    summed = torch.zeros(layers, len(formats), dtype=torch.float64)
+    summed = [[0.0] * len(names) for names in formats]
     positions = sum(len(ids) for ids in text.windows)
     for ids in text.windows if measures_kl else ():
         run = WindowRun(model, config, ids)
         inputs = list(run.layer_inputs())
         expected = run.log_probabilities(*run.layer(layers - 1, *inputs[-1]))
         for layer, (x, residual) in enumerate(inputs):
-            for index, name in enumerate(formats):
+            for index, name in enumerate(formats[layer]):
                 rotation = rotations[layer][decided[layer][index]]
                 with rotated(run.attention(layer), rotation):
                     found = run.layer(layer, x, residual, name)
                 for later in range(layer + 1, layers):
                     found = run.layer(later, *found)
-                summed[layer, index] += divergence(expected, run.log_probabilities(*found))
+                summed[layer][index] += divergence(expected, run.log_probabilities(*found))
                 move(f"divergence of {name} in layer {layer}")
     return Calibration(
         tokens=positions,
@@ -135,9 +135,9 @@ def calibrate(
                     layer,
                     index,
                     decided[layer][index],
-                    float(summed[layer, index]) / positions if measures_kl else None,
+                    summed[layer][index] / positions if measures_kl else None,
                 )
-                for index in range(len(formats))
+                for index in range(len(formats[layer]))
             )
             for layer in range(layers)
         ),
@@ -217,15 +217,15 @@ class _Errors:
     def __init__(
         self,
         config: MlaConfig,
-        formats: Sequence[str],
+        formats: Sequence[Sequence[str]],
         rotations: Sequence[dict[str, LatentRotation | None]],
     ) -> None:
         self.config, self.formats, self.rotations = config, formats, rotations
-        shape = (config.num_hidden_layers, len(formats), len(rotations[0]))
-        self.latent, self.output = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
-        self.latent_total, self.output_total = (
-            torch.zeros(shape[0], dtype=torch.float64) for _ in range(2)
+        self.latent, self.output = (  # of each layer [formats, rotations]
+            [torch.zeros(len(names), len(rotations[0]), dtype=torch.float64) for names in formats]
+            for _ in range(2)
         )
+        self.latent_total, self.output_total = ([0.0] * len(formats) for _ in range(2))
 
     def add(
         self, run: WindowRun, layer: int, x: torch.Tensor, residual: torch.Tensor | None
@@ -237,27 +237,28 @@ class _Errors:
         for place, rotation in enumerate(self.rotations[layer].values()):
             with rotated(run.attention(layer), rotation):
                 c_kv, k_pe = run.latents(layer, normed)
-                for index, name in enumerate(self.formats):
+                for index, name in enumerate(self.formats[layer]):
                     record = cache_record(name)
                     stored = [part.unsqueeze(0) for part in record.encode(c_kv, k_pe)]
                     restored, _ = record.decode(stored, torch.float32)
-                    self.latent[layer, index, place] += _squares(restored[0] - c_kv)
+                    self.latent[layer][index, place] += _squares(restored[0] - c_kv)
                     found = run.attend(layer, normed, name)
-                    self.output[layer, index, place] += _squares(found - expected)
+                    self.output[layer][index, place] += _squares(found - expected)
 
     def decide(self) -> list[list[str]]:
         """The best rotation of each layer and format."""
         names = list(self.rotations[0])
-        return [[names[place] for place in layer] for layer in self.output.argmin(-1).tolist()]
+        return [[names[place] for place in layer.argmin(-1).tolist()] for layer in self.output]
 
     def choice(self, layer: int, index: int, rotation: str, kl: float | None) -> CacheChoice:
         sizes = self.config.kv_lora_rank, self.config.qk_rope_head_dim
-        noise = self.output[layer, index] / self.output_total[layer]
-        ratio = self.latent_total[layer] / self.latent[layer, index].clamp_min(1e-30)
+        name = self.formats[layer][index]
+        noise = self.output[layer][index] / self.output_total[layer]
+        ratio = self.latent_total[layer] / self.latent[layer][index].clamp_min(1e-30)
         names = list(self.rotations[layer])
         return CacheChoice(
-            format=self.formats[index],
-            bytes=cache_record(self.formats[index]).bytes_per_token(*sizes),
+            format=name,
+            bytes=cache_record(name).bytes_per_token(*sizes),
             rotation=rotation,
             sqnr_db=dict(zip(names, (10 * ratio.log10()).tolist(), strict=True)),
             output_error=dict(zip(names, noise.sqrt().tolist(), strict=True)),

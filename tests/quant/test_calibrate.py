@@ -70,7 +70,7 @@ def test_what_is_measured_is_what_folding_gives(
 def test_the_measured_errors_are_those_of_the_record(tiny_mla: Path, short_text: Path) -> None:
     config = load_config(tiny_mla)
     text = CalibrationText.read([short_text], tiny_mla, config)
-    measured, _ = calibrate(load_model(tiny_mla), config, text, ("int4",), measures_kl=False)
+    measured, _ = calibrate(load_model(tiny_mla), config, text, [("int4",)] * 4, measures_kl=False)
     run = WindowRun(load_model(tiny_mla), config, text.windows[0])
     noise = energy = 0.0
     for ids in text.windows:

@@ -114,7 +114,7 @@ def test_a_calibration_measures_each_layer_with_its_own_record(
     config = load_config(tiny_mla)
     text = CalibrationText.read([short_text], tiny_mla, config)
     for layer, name in ((0, "int8"), (1, "int4")):
-        alone, _ = calibrate(load_model(tiny_mla), config, text, (name,), measures_kl=False)
+        alone, _ = calibrate(load_model(tiny_mla), config, text, [(name,)] * 4, measures_kl=False)
         assert cache.chosen[layer].output_error == pytest.approx(
             alone.layers[layer][0].output_error, rel=1e-3
         )
