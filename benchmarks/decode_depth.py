@@ -1,13 +1,14 @@
 """Decode and prefill by depth of context, against llama.cpp on the same weights in one run.
 
     python benchmarks/decode_depth.py [--depth 0,8192,32768] [-r 5] [--llama-python PYTHON]
+    python benchmarks/decode_depth.py --config CONFIG.json --work FOLDER [--llama f16,q4_0] ...
 
-The model is the synthetic one of 0.71 B parameters (`make_synthetic.py`), made once in build/bench:
-ours with int4 weights, the output matrix included, and int4 in every layer's cache; llama.cpp's as
-a Q4_0 GGUF of the same checkpoint. Every engine is a process of its own; they take turns, one
-repetition each, so that a change of the machine's speed meets them all. Given are medians and
-ranges, the ratio of our median to that of llama.cpp's fastest variant, bytes of cache a token, and
-peak resident memory.
+The model is the synthetic one of 0.71 B parameters (`make_synthetic.py`), made once in build/bench,
+or, with random weights, one of a config.json, made once in --work. Ours has int4 weights, the
+output matrix included, and int4 in every layer's cache; llama.cpp's is a Q4_0 GGUF of the same
+checkpoint. Every engine is a process of its own; they take turns, one repetition each, so that a
+change of the machine's speed meets them all. Given are medians and ranges, the ratio of our median
+to that of llama.cpp's fastest variant, bytes of cache a token, and peak resident memory.
 
 llama.cpp is no dependency: `pip install -e '.[peers]'` builds llama-cpp-python from its source
 (about ten minutes), here or in another environment that --llama-python names. Behind a depth lies a
@@ -74,15 +75,15 @@ def run(*command: object) -> None:
     subprocess.run([sys.executable, *map(str, command)], check=True)
 
 
-def make_models(work: Path) -> tuple[Path, Path]:
+def make_models(work: Path, config: Path | None) -> tuple[Path, Path]:
     """The bundle and the GGUF of the synthetic checkpoint; kept for the next run."""
     work.mkdir(parents=True, exist_ok=True)
     checkpoint, small, bundle, gguf = (
         work / name for name in ("hf", "int4", "bundle", "q4_0.gguf")
     )
     cli = ("-c", "from mla_deploy.cli import main; main()")
-    if not checkpoint.exists():
-        run(HERE / "make_synthetic.py", checkpoint)
+    if not checkpoint.exists() and not (bundle.exists() and gguf.exists()):
+        run(HERE / "make_synthetic.py", checkpoint, *(["--config", config] if config else []))
     if not bundle.exists():
         run(*cli, "quantize", checkpoint, "-o", small, *QUANTIZE)
         run(*cli, "export", small, "-o", bundle)
@@ -135,11 +136,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("-n", "--tokens", type=int, default=8, help="decode steps a repetition")
     parser.add_argument("--work", type=Path, default=WORK, help="where the models are kept")
+    parser.add_argument("--config", type=Path, help="of another model; with a --work of its own")
+    parser.add_argument(
+        "--llama", default="f16,q4_0,plain", help="its caches; plain: f16 without flash attention"
+    )
     parser.add_argument("--llama-python", default=sys.executable)
     args = parser.parse_args()
+    if args.config and args.work == WORK:
+        parser.error("--config needs a --work of its own")
+    variants = args.llama.split(",")
+    if not set(variants) <= {"f16", "q4_0", "plain"} or "f16" not in variants:
+        parser.error("--llama takes f16, and q4_0 and plain beside it")
     decode_depths = [int(one) for one in args.depth.split(",") if one]
     prefill_depths = [int(one) for one in args.prefill_depth.split(",") if one]
-    bundle, gguf = make_models(args.work)
+    bundle, gguf = make_models(args.work, args.config)
     size = str(max([*decode_depths, *prefill_depths]) + SLACK)
 
     def llama(name: str, cache: str, flash: int) -> Contender:
@@ -151,9 +161,12 @@ def main() -> None:
         "mla-deploy int4",
         [sys.executable, str(HERE / "peer_ours.py"), str(bundle), str(args.threads), size],
     )
-    f16, q4_0 = llama("f16, flash", "f16", 1), llama("q4_0, flash", "q4_0", 1)
-    plain = llama("f16, no flash", "f16", 0)
-    everyone = [ours, f16, q4_0, plain]
+    peers = {
+        "f16": llama("f16, flash", "f16", 1),
+        "q4_0": llama("q4_0, flash", "q4_0", 1),
+        "plain": llama("f16, no flash", "f16", 0),
+    }
+    everyone = [ours, *(peers[name] for name in variants)]
     try:
         for one in everyone:
             one.start()
@@ -169,11 +182,11 @@ def main() -> None:
         print("\n| | depth | engine | tokens/s | against the fastest llama.cpp | cache B/token "
               "| peak MB |\n|---|---:|---|---:|---:|---:|---:|")  # fmt: skip
         for depth in decode_depths:
-            chosen = [ours, f16, q4_0]
+            chosen = [ours, *(peers[name] for name in variants if name != "plain")]
             speeds = measure(chosen, "decode", depth, args.tokens, args.repetitions)
             report("decode", depth, speeds, chosen)
         for depth in prefill_depths:
-            chosen = [ours, f16, plain]
+            chosen = [ours, *(peers[name] for name in variants if name != "q4_0")]
             speeds = measure(chosen, "prefill", depth, PREFILL_TOKENS, args.repetitions)
             report(f"prefill {PREFILL_TOKENS}", depth, speeds, chosen)
     finally:

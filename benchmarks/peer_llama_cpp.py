@@ -79,7 +79,8 @@ class _State:
     """The serialised cache of one sequence: a header, the cells, and the rows of each layer.
 
     magic, sequence, streams, cells; for each cell position, 1, sequence; transposed, layers; for
-    each layer type, bytes of a row, rows. An MLA cache has keys only.
+    each layer type, bytes of a row, rows of keys; then the same of values, which an absorbed MLA
+    cache does not have.
     """
 
     CELL = struct.Struct("<iIi")
@@ -89,23 +90,25 @@ class _State:
         self.head = struct.pack("<IiI", magic, sequence, self.streams)
         self.sequence = sequence
         at = 16 + self.cells * self.CELL.size
-        self.transposed, count = struct.unpack_from("<II", state, at)
+        self.transposed, self.count = struct.unpack_from("<II", state, at)
         at += 8
         self.layers: list[tuple[bytes, bytes]] = []
-        for _ in range(count):
+        while at < len(state):
             (row,) = struct.unpack_from("<Q", state, at + 4)
             start = at + 12
             end = start + row * self.cells
             self.layers.append((state[at:start], state[start:end]))
             at = end
-        if at != len(state) or self.streams != 1:
+        is_known = len(self.layers) == self.count * (1 if self.transposed else 2)
+        is_known |= len(self.layers) == self.count  # keys only
+        if at != len(state) or self.streams != 1 or not is_known:
             raise SystemExit("llama.cpp's state has another layout than this script knows")
 
     def repeated(self, length: int) -> bytes:
         """The state of a sequence of `length` tokens with the same rows over and over."""
         parts = [self.head, struct.pack("<I", length)]
         parts += [self.CELL.pack(position, 1, self.sequence) for position in range(length)]
-        parts.append(struct.pack("<II", self.transposed, len(self.layers)))
+        parts.append(struct.pack("<II", self.transposed, self.count))
         for head, rows in self.layers:
             row = len(rows) // self.cells
             parts += [head, (rows * -(-length // self.cells))[: row * length]]

@@ -2,10 +2,11 @@
 
     python benchmarks/synthetic_gguf.py CHECKPOINT OUT.gguf [--type q4_0]      (needs PyPI's gguf)
 
-Architecture `deepseek2`, with or without experts and q_lora_rank; no scaled rope, no vocabulary
-(prompts are ids). kv_b_proj is split into k_b, transposed, and v_b, which is what lets llama.cpp
-absorb them. Every matrix is Q4_0, the output matrix too; or all are float32, and nothing but the
-cache is rounded. Norms and routers are float32.
+Architecture `deepseek2`, with or without experts and q_lora_rank, no scaled rope; or `minicpm3`. No
+vocabulary (prompts are ids). In a deepseek2 kv_b_proj is split into k_b, transposed, and v_b, which
+is what lets llama.cpp absorb them; for a minicpm3 it knows no absorbed form, and caches a key and a
+value for each head. Every matrix is Q4_0, the output matrix too; or all are float32, and nothing
+but the cache is rounded. Norms and routers are float32.
 """
 
 from __future__ import annotations
@@ -48,23 +49,39 @@ EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 def keys(writer: gguf.GGUFWriter, config: MlaConfig) -> None:
+    writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(1)
     writer.add_rope_freq_base(config.rope.theta)
     writer.add_rope_dimension_count(config.qk_rope_head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_q_lora_rank(config.q_lora_rank or 0)
     writer.add_kv_lora_rank(config.kv_lora_rank)
+    if config.model_type == "minicpm3":
+        _minicpm3_keys(writer, config)
+    else:
+        _deepseek2_keys(writer, config)
+
+
+def _minicpm3_keys(writer: gguf.GGUFWriter, config: MlaConfig) -> None:
+    """llama.cpp knows scale_emb, scale_depth and dim_model_base by heart: 12, 1.4 and 256."""
+    branch = 1.4 / config.num_hidden_layers**0.5
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps * branch**2)
+    writer.add_head_count_kv(config.num_attention_heads)
+    writer.add_key_length(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    writer.add_value_length(config.v_head_dim)
+
+
+def _deepseek2_keys(writer: gguf.GGUFWriter, config: MlaConfig) -> None:
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_head_count_kv(1)
     writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
     writer.add_value_length(config.kv_lora_rank)
     writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
     writer.add_value_length_mla(config.v_head_dim)
-    writer.add_tokenizer_model("no_vocab")
     moe = config.moe
     if moe is None:
         writer.add_leading_dense_block_count(config.num_hidden_layers)
@@ -89,6 +106,10 @@ def tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     config = checkpoint.config
     nope = config.qk_nope_head_dim
     found: dict[str, torch.Tensor] = {}
+    longrope = config.rope.longrope
+    if longrope is not None:
+        factors = torch.tensor(longrope.factors)
+        found |= {f"rope_factors_{name}.weight": factors for name in ("short", "long")}
     experts: dict[str, dict[int, torch.Tensor]] = {}
     for name in checkpoint.tensors:
         tensor = checkpoint.read(name)
@@ -99,7 +120,9 @@ def tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         if int(layer) >= config.num_hidden_layers:
             continue
         block = f"blk.{layer}"
-        if part == "self_attn.kv_b_proj.weight":
+        if part == "self_attn.kv_b_proj.weight" and config.model_type == "minicpm3":
+            found[f"{block}.attn_kv_b.weight"] = tensor
+        elif part == "self_attn.kv_b_proj.weight":
             heads = tensor.view(config.num_attention_heads, -1, config.kv_lora_rank)
             found[f"{block}.attn_k_b.weight"] = heads[:, :nope].transpose(1, 2)  # [H, rank, nope]
             found[f"{block}.attn_v_b.weight"] = heads[:, nope:]  # [H, v_head_dim, rank]
@@ -120,8 +143,10 @@ def main() -> None:
     parser.add_argument("--type", choices=("q4_0", "f32"), default="q4_0")
     args = parser.parse_args()
     checkpoint = Checkpoint(args.checkpoint)
-    writer = gguf.GGUFWriter(str(args.out), "deepseek2")
-    keys(writer, checkpoint.config)
+    config = checkpoint.config
+    architecture = "minicpm3" if config.model_type == "minicpm3" else "deepseek2"
+    writer = gguf.GGUFWriter(str(args.out), architecture)
+    keys(writer, config)
     kind = gguf.GGMLQuantizationType[args.type.upper()]
     for name, tensor in tensors(checkpoint).items():
         values = tensor.float().contiguous().numpy()
