@@ -70,7 +70,7 @@ class LlamaCpp(Engine):
     def fill(self, length: int) -> None:
         state = _State(self._state()).repeated(length)
         self.rewind(0)
-        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer(state)
         if not llama.llama_state_seq_set_data(self._context, buffer, len(state), SEQUENCE):
             raise SystemExit("llama.cpp refuses the lengthened state")
 
@@ -104,15 +104,16 @@ class _State:
         if at != len(state) or self.streams != 1 or not is_known:
             raise SystemExit("llama.cpp's state has another layout than this script knows")
 
-    def repeated(self, length: int) -> bytes:
+    def repeated(self, length: int) -> bytearray:
         """The state of a sequence of `length` tokens with the same rows over and over."""
-        parts = [self.head, struct.pack("<I", length)]
-        parts += [self.CELL.pack(position, 1, self.sequence) for position in range(length)]
-        parts.append(struct.pack("<II", self.transposed, self.count))
+        state = bytearray(self.head + struct.pack("<I", length))
+        for position in range(length):
+            state += self.CELL.pack(position, 1, self.sequence)
+        state += struct.pack("<II", self.transposed, self.count)
         for head, rows in self.layers:
             row = len(rows) // self.cells
-            parts += [head, (rows * -(-length // self.cells))[: row * length]]
-        return b"".join(parts)
+            state += head + (rows * -(-length // self.cells))[: row * length]
+        return state
 
 
 if __name__ == "__main__":
