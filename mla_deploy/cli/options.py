@@ -66,3 +66,8 @@ output_option = click.option("-o", "--output", type=PATH, required=True, help="F
 force_option = click.option(
     "--force", is_flag=True, help="Replace the output folder if it is there already."
 )
+target_ratio_option = click.option(
+    "--target-ratio",
+    type=float,
+    help="Size of the converted cache: numbers a token caches, against the source's.",
+)
