@@ -61,7 +61,7 @@ def test_every_turn_gives_what_a_fresh_session_gives(chatty: Toy) -> None:
             assert took.prompt_tokens == len(prompt)
             # All that was there, but for where the tokens of an answer are not those of its text.
             assert before - 5 <= took.reused_tokens <= before
-            assert took.reused_tokens > 0 or before == 0
+            assert (took.reused_tokens > 0) == (talk.turns > 1)
         roles = [message["role"] for message in talk.messages]
         assert roles == ["system"] + ["user", "assistant"] * 3
         assert talk.turns == 3
@@ -253,7 +253,7 @@ def test_a_saved_conversation_goes_on_without_computing_it_again(
         third = say(talk, "three")
     engine = chatty.load()
     with Conversation(engine, FIVE) as other:
-        say(other, "x" * 900)  # room is made before
+        say(other, "x" * 960)  # all pages: room is made before
         assert other.load(file)
         assert (other.messages, other.tokens, other.turns) == (messages, held, 2)
         assert other.result is None
