@@ -4,6 +4,7 @@
 
 Text appears as it is made. Every turn sends the whole conversation, but the session remembers what
 it has computed: only what is new goes through the model. An empty line, or Ctrl-D, ends it.
+`mla-deploy chat` is the same with commands, and with Ctrl-C to stop an answer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import sys
 
 from mla_deploy.errors import MlaError
-from mla_deploy.runtime import Engine, GenerationOptions, Session, load
+from mla_deploy.runtime import Conversation, GenerationOptions, load
 
 
 def main() -> int:
@@ -27,28 +28,21 @@ def main() -> int:
             max_tokens=arguments.max_tokens, temperature=arguments.temperature
         )
         engine = load(arguments.bundle)
-        with engine.session() as session:
-            converse(engine, session, options, arguments.system)
+        with Conversation(engine, options, system=arguments.system) as conversation:
+            converse(conversation)
     except MlaError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
-def converse(
-    engine: Engine, session: Session, options: GenerationOptions, system: str | None
-) -> None:
+def converse(conversation: Conversation) -> None:
     """Turn after turn, until the user has nothing to say."""
-    messages = [{"role": "system", "content": system}] if system else []
     while said := ask():
-        messages.append({"role": "user", "content": said})
-        prompt = engine.tokenizer.encode_chat(messages)
-        with engine.stream(prompt, options, session=session) as generation:
-            for event in generation:
+        with conversation.send(said) as answer:
+            for event in answer:
                 print(event.text, end="", flush=True)
-        result = generation.result
-        messages.append({"role": "assistant", "content": result.text})
-        took = result.statistics
+        took = answer.result.statistics
         speed = took.decode_tokens_per_s
         print()
         print(

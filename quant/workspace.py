@@ -34,11 +34,7 @@ def workspace(out: Path, job: dict[str, Any]) -> Iterator[Path]:
             or nothing can be written.
     """
     partial = out.with_name(f"{out.name}.partial")
-    with writing(partial):
-        partial.mkdir(exist_ok=True)
-        job_file = (partial / JOB_FILE).open("a+", encoding="utf-8")
-    with job_file:
-        _claim(partial, job_file, job)
+    with claimed(partial, job):
         try:
             yield partial
             publish(partial, out)
@@ -47,6 +43,25 @@ def workspace(out: Path, job: dict[str, Any]) -> Iterator[Path]:
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+@contextmanager
+def claimed(folder: Path, job: dict[str, Any]) -> Iterator[None]:
+    """Keep a folder of unfinished work for this job, and other runs out of it; made if need be.
+
+    Args:
+        job: what is done, as JSON.
+
+    Raises:
+        OutputError: the folder belongs to another job or is being written by another run, or
+            nothing can be written.
+    """
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+        job_file = (folder / JOB_FILE).open("a+", encoding="utf-8")
+    with job_file:
+        _claim(folder, job_file, job)
+        yield
 
 
 def _claim(partial: Path, job_file: IO[str], job: dict[str, Any]) -> None:

@@ -5,13 +5,15 @@
 
 The engine is the one of C and C++ programs: `csrc/core/`, compiled into `_runtime` with the
 bindings in `csrc/python/`. What is here is its Python face: `engine.py` is the model in memory,
-`session.py` a sequence in it, `generation.py` turns its tokens into text with `stopping.py`.
+`session.py` a sequence in it, `generation.py` turns its tokens into text with `stopping.py`, and
+`conversation.py` takes turns with a user.
 
 Of the rest of mla-deploy the runtime may import only what needs no torch (the bundle, errors, the
 tokenizer), because a bundle is run where neither torch nor transformers is installed.
 """
 
 from mla_deploy.runtime.cancellation import Cancellation
+from mla_deploy.runtime.conversation import Answer, Conversation
 from mla_deploy.runtime.engine import Engine, load
 from mla_deploy.runtime.generation import Event, FinishReason, Generation, GenerationResult
 from mla_deploy.runtime.ops import Kernels, ops_library
@@ -21,7 +23,9 @@ from mla_deploy.runtime.session import Session
 from mla_deploy.runtime.statistics import Statistics
 
 __all__ = [
+    "Answer",
     "Cancellation",
+    "Conversation",
     "Engine",
     "Event",
     "FinishReason",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mla_deploy.cli import table
-from mla_deploy.cli.options import PATH, force_option, output_option
+from mla_deploy.cli.options import PATH, force_option, output_option, target_ratio_option
 from mla_deploy.cli.reporter import Reporter, reporting
 from mla_deploy.errors import UsageError
 
@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 @output_option
 @click.option("--kv-lora-rank", type=int, help="Numbers of the latent, a token and layer.")
 @click.option("--qk-rope-head-dim", type=int, help="Channels that keep their rotary positions.")
-@click.option(
-    "--target-ratio",
-    type=float,
-    help="Size of the cache in another way: numbers a token caches, against the source's.",
-)
+@target_ratio_option
 @click.option(
     "--like-paper",
     metavar="d_kv=N",

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 UNITS = {
     "": 1, "B": 1,
@@ -66,3 +70,56 @@ output_option = click.option("-o", "--output", type=PATH, required=True, help="F
 force_option = click.option(
     "--force", is_flag=True, help="Replace the output folder if it is there already."
 )
+target_ratio_option = click.option(
+    "--target-ratio",
+    type=float,
+    help="Size of the converted cache: numbers a token caches, against the source's.",
+)
+
+
+def generation_options(max_tokens: int) -> Callable[[Function], Function]:
+    """What a user chooses about a text, by the names of `GenerationOptions`.
+
+    Args:
+        max_tokens: the default.
+    """
+    options = (
+        click.option(
+            "-n",
+            "--max-tokens",
+            type=click.IntRange(min=1),
+            default=max_tokens,
+            show_default=True,
+            help="Tokens to generate at most.",
+        ),
+        click.option(
+            "--temperature",
+            type=float,
+            default=0.0,
+            show_default=True,
+            help="Divides the logits before sampling; 0 always takes the likeliest token.",
+        ),
+        click.option("--top-k", type=int, default=0, help="Sample among the k likeliest; 0: all."),
+        click.option(
+            "--top-p", type=float, default=1.0, help="Sample among the likeliest of so much mass."
+        ),
+        click.option(
+            "--min-p",
+            type=float,
+            default=0.0,
+            help="Leave out what is less likely than so much of the best.",
+        ),
+        click.option(
+            "--seed", type=int, help="The same seed gives the same text. Default: a new one."
+        ),
+        click.option(
+            "--stop", multiple=True, help="End before this text; may be given several times."
+        ),
+    )
+
+    def add(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add

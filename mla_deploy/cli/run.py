@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mla_deploy.cli.options import PATH, device_option, kernels_option, threads_option
+from mla_deploy.cli.options import (
+    PATH,
+    device_option,
+    generation_options,
+    kernels_option,
+    threads_option,
+)
 from mla_deploy.cli.reporter import Reporter, reporting
 
 if TYPE_CHECKING:
@@ -18,33 +24,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("bundle", type=PATH)
 @click.argument("prompt")
-@click.option(
-    "-n",
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    help="Tokens to generate at most.",
-)
-@click.option(
-    "--temperature",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="Divides the logits before sampling; 0 always takes the likeliest token.",
-)
-@click.option("--top-k", type=int, default=0, help="Sample among the k likeliest; 0: all.")
-@click.option(
-    "--top-p", type=float, default=1.0, help="Sample among the likeliest of so much mass."
-)
-@click.option(
-    "--min-p",
-    type=float,
-    default=0.0,
-    help="Leave out what is less likely than so much of the best.",
-)
-@click.option("--seed", type=int, help="The same seed gives the same text. Default: a new one.")
-@click.option("--stop", multiple=True, help="End before this text; may be given several times.")
+@generation_options(max_tokens=256)
 @click.option("--chat", is_flag=True, help="Take the prompt as a user's turn of a conversation.")
 @threads_option
 @kernels_option
@@ -52,19 +32,14 @@ if TYPE_CHECKING:
 @reporting
 def command(
     reporter: Reporter,
+    /,
     bundle: Path,
     prompt: str,
-    max_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int | None,
-    stop: tuple[str, ...],
     chat: bool,
     threads: int | None,
     kernels: str | None,
     device: str | None,
+    **generation_choices: Any,
 ) -> None:
     """Continue PROMPT with the model in BUNDLE; `-` reads the prompt from standard input.
 
@@ -73,15 +48,7 @@ def command(
     from mla_deploy.evaluate.text import decode_text
     from mla_deploy.runtime import GenerationOptions, load
 
-    options = GenerationOptions(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        stop=stop,
-    )
+    options = GenerationOptions(**generation_choices)
     if prompt == "-":
         prompt = decode_text(sys.stdin.buffer.read(), "standard input")
     engine = load(bundle, threads=threads, kernels=kernels or "auto", device=device)

@@ -98,7 +98,7 @@ def assert_users_error(result: Result, message: str) -> None:
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("command", ["quantize", "export"])
+@pytest.mark.parametrize("command", ["quantize", "export", "build"])
 @pytest.mark.parametrize("problem", BROKEN_CHECKPOINTS)
 def test_a_broken_checkpoint(
     command: str, problem: str, checkpoint: Path, outputs: Path, invoke: Invoke
@@ -109,13 +109,16 @@ def test_a_broken_checkpoint(
     assert list(outputs.iterdir()) == []
 
 
-def test_export_without_a_tokenizer(checkpoint: Path, outputs: Path, invoke: Invoke) -> None:
+@pytest.mark.parametrize("command", ["export", "build"])
+def test_export_without_a_tokenizer(
+    command: str, checkpoint: Path, outputs: Path, invoke: Invoke
+) -> None:
     (checkpoint / "tokenizer.json").unlink()
-    assert_users_error(invoke("export", checkpoint, "-o", outputs / "out"), "tokenizer.json")
+    assert_users_error(invoke(command, checkpoint, "-o", outputs / "out"), "tokenizer.json")
     assert list(outputs.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["quantize", "export"])
+@pytest.mark.parametrize("command", ["quantize", "export", "build"])
 def test_an_output_that_exists_is_not_touched(
     command: str, tiny_mla: Path, outputs: Path, invoke: Invoke
 ) -> None:
@@ -127,7 +130,7 @@ def test_an_output_that_exists_is_not_touched(
     assert list(outputs.iterdir()) == [out]
 
 
-@pytest.mark.parametrize("command", ["quantize", "export"])
+@pytest.mark.parametrize("command", ["quantize", "export", "build"])
 def test_an_output_without_a_parent(
     command: str, tiny_mla: Path, outputs: Path, invoke: Invoke
 ) -> None:
@@ -136,7 +139,7 @@ def test_an_output_without_a_parent(
     assert list(outputs.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["quantize", "export"])
+@pytest.mark.parametrize("command", ["quantize", "export", "build"])
 def test_a_disk_that_is_full(command: str, tiny_mla: Path, outputs: Path) -> None:
     code = "from mla_deploy.cli import main; main()"
     arguments = [command, tiny_mla, "-o", outputs / "out", "--json"]

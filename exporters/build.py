@@ -1,0 +1,404 @@
+"""`build_bundle`: the whole way from a checkpoint to a bundle.
+
+    convert  ->  quantize  ->  export
+
+A step that a model does not need is left out. The checkpoints in between are in `OUT.build`, a
+folder beside the output, and each goes when the next one is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mla_deploy import __version__
+from mla_deploy.bundle import MANIFEST
+from mla_deploy.cache import cache_record, formats_of_layers
+from mla_deploy.config import read_json_object
+from mla_deploy.errors import UsageError
+from mla_deploy.exporters.onnx.export import (
+    TARGETS,
+    ExportReport,
+    export_onnx,
+    require_tokenizer,
+)
+from mla_deploy.exporters.tensorrt.build import check_backend, check_memory
+from mla_deploy.exporters.tensorrt.capability import DEFAULT, capability
+from mla_deploy.exporters.tensorrt.export import TensorRtOptions, TensorRtReport, export_tensorrt
+from mla_deploy.output import check_output, check_space
+from mla_deploy.quant.calibrate import AUTO
+from mla_deploy.quant.compress.convert import convert_checkpoint
+from mla_deploy.quant.compress.geometry import candidates
+from mla_deploy.quant.compress.options import SELF, ConvertOptions
+from mla_deploy.quant.compress.report import ConversionReport
+from mla_deploy.quant.compress.source import FAMILIES, Source
+from mla_deploy.quant.hqq_source import open_source, options_of_source
+from mla_deploy.quant.options import QuantizeOptions, recipe_for
+from mla_deploy.quant.plan import make_plan
+from mla_deploy.quant.quantize import Progress, QuantizeReport, quantize_checkpoint
+from mla_deploy.quant.workspace import JOB_FILE, claimed
+from mla_deploy.recipe import RECIPE_KEY
+
+StepState = Literal["done", "done before", "not needed"]
+"""`done before`: by an earlier run, which was stopped."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to build; None stands for a default. The single steps have more to choose."""
+
+    target: str = "cpu"
+    """What the bundle is to run on: cpu, cuda, or a GPU to build a TensorRT engine for."""
+    kv: str | None = None
+    """The cache record, as of `QuantizeOptions`. Default: int4."""
+    weights: str | None = None
+    """The format of matrices, as of `QuantizeOptions`. Default: int4."""
+    calibration: tuple[str, ...] = ()
+    """Text files that conversion and quantisation measure on, or, to convert, `self`."""
+    target_ratio: float | None = None
+    """The cache of a converted model against the source's, as of `ConvertOptions`."""
+
+    def quantized_by(self) -> dict[str, Any]:
+        """What is not left to the default, of the options of quantisation."""
+        texts = tuple(str(Path(text).resolve()) for text in self.texts)
+        given = {"kv": self.kv, "weights": self.weights, "calibration": texts or None}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The calibration texts that are files."""
+        return tuple(text for text in self.calibration if text != SELF)
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build did.
+
+    Attributes:
+        bytes: of the bundle.
+        kv_bytes_per_token: of cache, in all layers.
+        steps: what became of each step, in order.
+        conversion, quantization: reports of the steps that this run did.
+    """
+
+    bundle: Path
+    target: str
+    bytes: int
+    kv_bytes_per_token: int
+    seconds: float
+    steps: dict[str, StepState]
+    conversion: ConversionReport | None
+    quantization: QuantizeReport | None
+    export: ExportReport | TensorRtReport
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        reports = {"convert": self.conversion, "quantize": self.quantization}
+        steps: dict[str, dict[str, Any]] = {}
+        for name, state in self.steps.items():
+            report = reports.get(name)
+            steps[name] = {"state": state, **({} if report is None else report.to_json())}
+        steps["export"] |= {"nodes": self.export.nodes, "seconds": self.export.seconds}
+        if isinstance(self.export, TensorRtReport):
+            steps["export"]["engines"] = [vars(one) for one in self.export.engines]
+        return {
+            "bundle": str(self.bundle),
+            "target": self.target,
+            "bytes": self.bytes,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "seconds": self.seconds,
+            "steps": steps,
+        }
+
+
+def build_bundle(
+    source: Path | str,
+    out: Path | str,
+    options: BuildOptions | None = None,
+    progress: Progress | None = None,
+    *,
+    say: Callable[[str], None] | None = None,
+    force: bool = False,
+) -> BuildReport:
+    """Convert a checkpoint where its attention is not latent yet, quantise and export it.
+
+    One that is quantised already is only exported. A build that was killed or interrupted goes on
+    where it stopped when it is repeated: finished steps are kept in `OUT.build`, also after an
+    error in a later one. At the end, and after an error in the first step, that folder is gone.
+
+    Args:
+        source: folder of a Hugging Face checkpoint, or of one of ours.
+        out: the bundle to make.
+        progress: told how far the step under way is, and its name.
+        say: told what the person at the terminal should know before the end.
+        force: replace an earlier bundle. It stays until the new one is whole.
+
+    Raises:
+        UsageError: options that do not fit the model, or lack what a conversion needs.
+        ConfigError, CheckpointError, TokenizerError: the source is not whole or not supported.
+        OutputError: the output exists, the disk is full, or `OUT.build` is of another job.
+        BuildError: an engine cannot be built.
+    """
+    started = time.monotonic()
+    source, out = Path(source), Path(out)
+    options = options or BuildOptions()
+    say = say or (lambda text: None)
+    way = _way(source, options)
+    check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
+    work = out.with_name(f"{out.name}.build")
+    if way.quantize is None:
+        say(f"{source} is quantised already: it is only exported")
+        run = _Run(source, work, way, options, progress)
+        return run.report(run.export(source, out, force), started)
+    with claimed(work, _job(source, options)), _kept_if_worth_it(work, say):
+        run = _Run(source, work, way, options, progress)
+        run.check_room()
+        say(
+            f"goes on from what is in {work}"
+            if _is_begun(work)
+            else f"unfinished work is in {work}: if this is stopped, the same command goes on"
+        )
+        report = run.report(run.export(run.quantized(), out, force), started)
+        shutil.rmtree(work)
+    return report
+
+
+@dataclass(frozen=True)
+class _Way:
+    """The steps that a model needs; None: this one not."""
+
+    convert: ConvertOptions | None
+    quantize: QuantizeOptions | None
+
+
+def _way(source: Path, options: BuildOptions) -> _Way:
+    """The steps, after checking all that is known before the first."""
+    _check_target(options.target)
+    if (source / MANIFEST).is_file():
+        raise UsageError(
+            f"{source} is a bundle already", hint=f'run it: mla-deploy run {source} "..."'
+        )
+    raw = read_json_object(source / "config.json")
+    require_tokenizer(source)
+    if raw.get(RECIPE_KEY) is not None:
+        _refuse_any(
+            {**options.quantized_by(), "target_ratio": options.target_ratio},
+            f"{source} is quantised already, and only exported",
+            "leave it out, or build from the checkpoint that this one was made from",
+        )
+        return _Way(None, None)
+    convert = None
+    if raw.get("model_type") in FAMILIES:
+        convert = _conversion(source, options)
+    else:
+        _refuse_any(
+            {"target_ratio": options.target_ratio},
+            f"the attention of {source} is latent already, and not converted",
+            "leave it out; --kv chooses the format of the cache",
+        )
+        if SELF in options.calibration:
+            raise UsageError(
+                "only a conversion can measure on text of the model's own",
+                found=f"--calibration {SELF}, and {source} is not converted",
+                hint="give a text file, or leave --calibration out",
+            )
+    if AUTO in (options.kv, options.weights):
+        raise UsageError(
+            "formats are chosen for each layer under a budget, for which `build` has no option",
+            found=AUTO,
+            hint="quantize by itself: mla-deploy quantize --help; then build from its result",
+        )
+    quantize = QuantizeOptions(**options.quantized_by())
+    if convert is not None:
+        _check_cache(source, convert, quantize)
+    return _Way(convert, quantize)
+
+
+def _check_target(target: str) -> None:
+    engines = capability(DEFAULT)
+    if target in engines.targets:
+        check_backend(engines, [target])
+    elif target not in TARGETS:
+        raise UsageError(
+            "bundles are not built for this target",
+            found=target,
+            allowed=", ".join((*TARGETS, *engines.targets)),
+            hint="engines for other GPUs, Jetsons among them, are built on the device: "
+            "quantize, then export --to tensorrt (docs/tensorrt.md)",
+        )
+
+
+def _refuse_any(given: dict[str, Any], what: str, hint: str) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(what, found="--" + name.replace("_", "-"), hint=hint)
+
+
+def _conversion(source: Path, options: BuildOptions) -> ConvertOptions:
+    """Both of its options are asked for, because a conversion loses something for good."""
+    needed = {"--target-ratio": options.target_ratio, "--calibration": options.calibration or None}
+    if missing := [name for name, value in needed.items() if value is None]:
+        raise UsageError(
+            f"the attention of {source} is not latent yet, and to convert it needs a size and a "
+            "text to measure on",
+            found=f"no {' and no '.join(missing)}",
+            allowed=f"a ratio up to 1; text files, or {SELF}: the model writes the text",
+            hint="for instance: --target-ratio 0.3125 --calibration TEXT (docs/conversion.md)",
+        )
+    return ConvertOptions(target_ratio=options.target_ratio, calibration=options.calibration)
+
+
+def _check_cache(source: Path, convert: ConvertOptions, quantize: QuantizeOptions) -> None:
+    """Raise a ConfigError now where the cache of the converted model cannot be of that format."""
+    config = Source(source).config
+    formats = formats_of_layers(config.num_hidden_layers, quantize.kv, quantize.kv_first)
+    for size in candidates(config, convert):
+        for name in dict.fromkeys(formats):
+            cache_record(name).parts(size.kv_lora_rank, size.qk_rope_head_dim)
+
+
+class _Run:
+    """Carries the steps out, from where an earlier run of them stopped."""
+
+    def __init__(
+        self,
+        source: Path,
+        work: Path,
+        way: _Way,
+        options: BuildOptions,
+        progress: Progress | None,
+    ) -> None:
+        self.source, self.way, self.options, self.progress = source, way, options, progress
+        self.work = work
+        self.converted, self.quantized_folder = work / "converted", work / "quantized"
+        is_quantized, is_converted = self.quantized_folder.is_dir(), self.converted.is_dir()
+        self.steps: dict[str, StepState] = {
+            "convert": _state(way.convert is not None, is_converted or is_quantized),
+            "quantize": _state(way.quantize is not None, is_quantized),
+            "export": "done",
+        }
+        self.conversion: ConversionReport | None = None
+        self.quantization: QuantizeReport | None = None
+
+    def check_room(self) -> None:
+        """Raise an error now where the next steps would find too little disk or memory."""
+        if self.steps["convert"] == "done":
+            self._check_space(sum(info.bytes for info in Source(self.source).tensors.values()))
+        elif self.steps["quantize"] == "done":
+            self._check_room_of(self.source if self.way.convert is None else self.converted)
+
+    def _check_room_of(self, source: Path) -> None:
+        """For the quantised checkpoint, and its bundle of about the same size."""
+        size = self._quantized_bytes(source)
+        self._check_space(2 * size)
+        if self.options.target not in TARGETS:
+            check_memory(size)
+
+    def _check_space(self, needed: int) -> None:
+        held = sum(file.stat().st_size for file in self.work.glob("*.partial/*"))
+        check_space(self.work, needed - held)
+
+    def _quantized_bytes(self, source: Path) -> int:
+        assert self.way.quantize is not None
+        checkpoint = open_source(source)
+        options = options_of_source(checkpoint, self.way.quantize)
+        recipe = recipe_for(checkpoint.config, options)
+        return make_plan(checkpoint, replace(checkpoint.config, recipe=recipe)).output_bytes
+
+    def quantized(self) -> Path:
+        """The quantised checkpoint, made now if it is not there yet."""
+        if self.steps["quantize"] == "done":
+            assert self.way.quantize is not None
+            source = self._convert() if self.way.convert is not None else self.source
+            self.quantization = quantize_checkpoint(
+                source, self.quantized_folder, self.way.quantize, self._progress("quantize")
+            )
+        shutil.rmtree(self.converted, ignore_errors=True)
+        return self.quantized_folder
+
+    def _convert(self) -> Path:
+        if self.steps["convert"] == "done":
+            assert self.way.convert is not None
+            self.conversion = convert_checkpoint(
+                self.source, self.converted, self.way.convert, self._progress("convert")
+            )
+            self._check_room_of(self.converted)
+        return self.converted
+
+    def export(self, source: Path, out: Path, force: bool) -> ExportReport | TensorRtReport:
+        """The bundle."""
+        target, progress = self.options.target, self._progress("export")
+        if target in TARGETS:
+            return export_onnx(source, out, target=target, force=force, progress=progress)
+        engines = TensorRtOptions(targets=(target,))
+        return export_tensorrt(source, out, engines, force=force, progress=progress)
+
+    def report(self, made: ExportReport | TensorRtReport, started: float) -> BuildReport:
+        """What this run did."""
+        return BuildReport(
+            bundle=made.bundle,
+            target=self.options.target,
+            bytes=made.bytes,
+            kv_bytes_per_token=made.kv_bytes_per_token,
+            seconds=time.monotonic() - started,
+            steps=self.steps,
+            conversion=self.conversion,
+            quantization=self.quantization,
+            export=made,
+        )
+
+    def _progress(self, step: str) -> Progress | None:
+        progress = self.progress
+        if progress is None:
+            return None
+        return lambda done, total, what: progress(done, total, f"{step}: {what}")
+
+
+def _state(is_needed: bool, is_there: bool) -> StepState:
+    if not is_needed:
+        return "not needed"
+    return "done before" if is_there else "done"
+
+
+def _is_begun(work: Path) -> bool:
+    return any(name != JOB_FILE for name in os.listdir(work))
+
+
+@contextmanager
+def _kept_if_worth_it(work: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Remove the work folder after an error, unless it holds what a repeated run can use."""
+    try:
+        yield
+    except BaseException:
+        if _is_begun(work):
+            say(f"what is done so far is kept in {work}: the same command goes on from it")
+        else:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _job(source: Path, options: BuildOptions) -> dict[str, Any]:
+    """What must be equal for a repeated run to go on with the work of another. The target may
+    change: only the export knows it."""
+    files = (
+        *sorted(file for file in source.iterdir() if file.is_file()),
+        *map(Path, options.texts),
+    )
+    return {
+        "version": __version__,
+        "source": str(source.resolve()),
+        "files": {str(file): _stamp(file) for file in files if file.is_file()},
+        "options": {**options.quantized_by(), "calibration": list(options.calibration)},
+        "target_ratio": options.target_ratio,
+    }
+
+
+def _stamp(file: Path) -> list[int]:
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns]
