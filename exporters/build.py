@@ -20,7 +20,7 @@ from typing import Any, Literal
 from mla_deploy import __version__
 from mla_deploy.bundle import MANIFEST
 from mla_deploy.cache import cache_record, formats_of_layers
-from mla_deploy.config import read_json_object
+from mla_deploy.config_reader import read_json_object
 from mla_deploy.errors import UsageError
 from mla_deploy.exporters.onnx.export import (
     TARGETS,

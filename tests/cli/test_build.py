@@ -151,32 +151,10 @@ def test_a_model_of_the_llama_kind_is_converted_first(
     assert not (outputs / "out.build").exists()
 
 
-def test_the_model_may_write_the_text_that_it_is_converted_on(
-    llama: Convertible, outputs: Path, values_of: ValuesOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Fewer(build_module.ConvertOptions):
-        tokens = 640
-
-    monkeypatch.setattr(build_module, "ConvertOptions", Fewer)
-    size = ("--target-ratio", 0.5, "--calibration", "self")
-    found = values_of("build", llama.path, "-o", outputs / "out", *size)
-    assert states(found) == ["done", "done", "done"]
-    assert found["steps"]["convert"]["calibration"] == ["self"]
-    assert found["steps"]["quantize"]["calibration"] is None
-
-
-@pytest.mark.slow
-def test_the_shipped_llama_becomes_a_bundle_that_runs(
-    tiny_mla: Path, outputs: Path, values_of: ValuesOf
-) -> None:
-    essays = Path(__file__).parents[2] / "examples" / "text" / "three-essays.txt"
-    text = outputs / "text.txt"
-    text.write_text(essays.read_text(encoding="utf-8") * 2, encoding="utf-8")
-    out = outputs / "out"
-    size = ("--target-ratio", 0.3125, "--calibration", text)
-    found = values_of("build", tiny_mla.parent / "tiny-llama", "-o", out, *size)
-    assert found["steps"]["convert"]["held_out"]["kl"] < 0.1
-    assert values_of("run", out, "My dear fellow", "-n", 4)["generated_tokens"] == 4
+def test_text_of_the_models_own_is_for_the_conversion_alone() -> None:
+    options = BuildOptions(calibration=("self", "essay.txt"))
+    assert options.quantized_by() == {"calibration": (str(Path("essay.txt").resolve()),)}
+    assert BuildOptions(calibration=("self",)).quantized_by() == {}
 
 
 @pytest.mark.parametrize("missing", ["both", "--target-ratio", "--calibration"])
