@@ -22,6 +22,7 @@ from mla_deploy.model import cache_parts
 from mla_deploy.modules.base import Block, parameter_sources
 from mla_deploy.modules.decoder import DecoderLayer, Epilogue, Prologue
 from mla_deploy.modules.mlp import Router
+from mla_deploy.sources import Given
 
 IR_VERSION = 11
 
@@ -171,11 +172,13 @@ class _Emitter:
         return translate(traced, self.builder, self.target.table, values, weights, path)
 
     def typed(self, module: Typed) -> Typed:
-        """The module with its float32 parameters in the target's type, but for routers."""
+        """The module with its float32 parameters in the target's type, but for those of routers,
+        and the frequencies of rotary positions, which are multiplied by large numbers."""
         for block in _blocks(module):
-            for name in block.sources:
+            for name, source in block.sources.items():
                 parameter = block.get_parameter(name)
-                if parameter.dtype is torch.float32 and not isinstance(block, Router):
+                stays = isinstance(block, Router) or isinstance(source, Given)
+                if parameter.dtype is torch.float32 and not stays:
                     parameter.data = parameter.data.to(self.target.dtype)
         return module
 
