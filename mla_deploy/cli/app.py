@@ -16,7 +16,7 @@ from mla_deploy import __version__
 from mla_deploy.cli.reporter import Reporter, errors_of_click
 from mla_deploy.errors import MlaError
 
-COMMANDS = ("inspect", "convert", "quantize", "export", "run", "eval", "bench")
+COMMANDS = ("inspect", "convert", "quantize", "export", "run", "serve", "eval", "bench")
 """In the order of the work. Each is `mla_deploy.cli.NAME.command`."""
 
 USERS_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}

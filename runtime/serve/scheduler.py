@@ -1,0 +1,325 @@
+"""Many requests on one engine: continuous batching in a thread that owns it.
+
+A round is
+
+    drop what was cancelled -> admit -> one token for every sequence -> one chunk of one prompt
+
+so a long prompt delays the tokens of others by a chunk a round, and a sequence joins the batch as
+soon as its prompt is computed. Prompts take turns, a chunk each.
+
+The cache is given out as it is needed, not by what a request may need at most. Where pages run out,
+kept prefixes go first; then the request that came last waits again, and is computed anew later. Its
+sampler and its text go on where they were. The request that came first always goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from mla_deploy.errors import MlaError, SessionError
+from mla_deploy.runtime.engine import PREFILL_CHUNK, Engine
+from mla_deploy.runtime.native import Logits
+from mla_deploy.runtime.options import GenerationOptions
+from mla_deploy.runtime.serve.job import Job, Listener, Piece
+from mla_deploy.runtime.serve.prefix_cache import PrefixCache
+from mla_deploy.runtime.session import Session
+
+CHUNK_BESIDE_OTHERS = 128
+"""Tokens of a prompt that are computed between two tokens of other sequences."""
+
+STOPPED = SessionError("the server is stopping", hint="try again later")
+
+log = logging.getLogger(__name__)
+
+
+class FullError(Exception):
+    """As many requests wait as may."""
+
+
+class StoppedError(Exception):
+    """The scheduler was stopped."""
+
+
+def call_here(function: Callable[[], None]) -> None:
+    """In the scheduler's own thread."""
+    function()
+
+
+class Scheduler:
+    """Made running; ended by `stop`. Its methods may be called from any thread.
+
+    Args:
+        engine: which nobody else computes with.
+        parallel: sequences that advance together.
+        queue: requests that may wait beyond that.
+        call: runs a function that calls the listeners, in a thread of the caller's choice.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        parallel: int,
+        queue: int,
+        call: Callable[[Callable[[], None]], object] = call_here,
+    ) -> None:
+        self._engine = engine
+        self._parallel = parallel
+        self._most = parallel + queue
+        self._call = call
+        self._page = engine.bundle.manifest.cache.page_tokens
+        self._prefixes = PrefixCache()
+        # Shared between threads, under the condition.
+        self._changed = threading.Condition()
+        self._arrived: list[Job] = []
+        self._jobs = 0  # that have not ended
+        self._order = 0
+        self._stopping = False
+        # The thread's own.
+        self._waiting: deque[Job] = deque()
+        self._prefilling: deque[Job] = deque()
+        self._decoding: list[Job] = []
+        self._news: list[tuple[Job, Piece]] = []
+        self._thread = threading.Thread(target=self._run, name="mla-scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def full(self) -> bool:
+        """Whether `submit` would raise a FullError."""
+        return self._jobs >= self._most
+
+    def submit(self, prompt: list[int], options: GenerationOptions, listener: Listener) -> Job:
+        """Begin a request; the listener gets its pieces, in order, up to one that is the last.
+
+        Raises:
+            SessionError: the prompt does not fit into the model's context or the cache.
+            UsageError: it is empty or holds ids that the model does not have.
+            FullError: too many requests wait.
+            StoppedError: after `stop`.
+        """
+        ids = self._engine.check_ids(prompt)
+        self._check_length(len(ids))
+        job = Job(self._engine, ids, options, listener)
+        with self._changed:
+            if self._stopping:
+                raise StoppedError
+            if self.full:
+                raise FullError
+            self._jobs += 1
+            self._order += 1
+            job.order = self._order
+            self._arrived.append(job)
+            self._changed.notify()
+        return job
+
+    def stop(self) -> None:
+        """End all requests with an error, and the thread. Returns when it has ended."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _check_length(self, length: int) -> None:
+        context = self._engine.bundle.manifest.model.max_position_embeddings
+        most = min(context, self._engine.capacity_tokens)
+        if length > most:
+            raise SessionError(
+                "the prompt is too long",
+                found=f"{length} tokens",
+                allowed=f"{most}, of a context of {context} and a cache of "
+                f"{self._engine.capacity_tokens}",
+                hint="shorten the prompt",
+            )
+
+    # From here on in the scheduler's thread.
+
+    def _run(self) -> None:
+        while self._take_arrived():
+            try:
+                self._round()
+            except Exception as error:  # a bug of ours must not end the server
+                log.exception("a round of the scheduler failed")
+                for job in [*self._decoding, *self._prefilling] or [*self._waiting][:1]:
+                    self._fail(job, SessionError("the server failed", found=type(error).__name__))
+            self._tell()
+        for job in [*self._decoding, *self._prefilling, *self._waiting]:
+            self._fail(job, STOPPED)
+        self._tell()
+        self._prefixes.clear()
+
+    def _take_arrived(self) -> bool:
+        """Wait for work. False: the end has come."""
+        with self._changed:
+            idle = not (self._decoding or self._prefilling or self._waiting)
+            while idle and not self._arrived and not self._stopping:
+                self._changed.wait()
+            self._waiting.extend(self._arrived)
+            self._arrived.clear()
+            return not self._stopping
+
+    def _round(self) -> None:
+        for job in [*self._decoding, *self._prefilling, *self._waiting]:
+            if job.cancelled:
+                self._drop(job)
+        while self._waiting and self._admit(self._waiting[0]):
+            self._prefilling.append(self._waiting.popleft())
+        self._decode()
+        self._tell()
+        self._prefill()
+
+    def _admit(self, job: Job) -> bool:
+        """Give a job its session. False: there is no place for it yet."""
+        active = len(self._decoding) + len(self._prefilling)
+        if active == self._parallel:
+            return False
+        # The last token is computed in any case: its logits are wanted.
+        session = self._prefixes.start(job.ids[:-1]) or self._engine.session()
+        job.session = session
+        # With others under way, a page for each of them, or it would soon have to wait again.
+        if not self._has_room(job, len(job.ids), besides=active):
+            session.close()
+            job.leave()
+            if not active:  # it was alone before, too, and has grown as far as it can
+                self._end(job, job.out_of_room())
+            return False
+        if job.made_tokens == 0:
+            job.cached_tokens = session.length
+        return True
+
+    def _decode(self) -> None:
+        jobs = self._with_room()
+        if not jobs:
+            return
+        for job, logits in self._step(jobs):
+            self._pick(job, logits)
+
+    def _with_room(self) -> list[Job]:
+        """The decoding jobs, once each has room for a token."""
+        while self._decoding:
+            needed = sum(job.length % self._page == 0 for job in self._decoding)
+            if self._free(needed):
+                break
+            last = self._last()
+            if len(self._decoding) + len(self._prefilling) > 1:
+                self._wait_again(last)
+            else:
+                self._end(last, last.out_of_room())
+        return self._decoding.copy()
+
+    def _step(self, jobs: Sequence[Job]) -> list[tuple[Job, Logits]]:
+        """A token for each; where that fails, for each of those that it does not fail for."""
+        requests = [(job.session, job.ids[-1:]) for job in jobs if job.session is not None]
+        try:
+            return list(zip(jobs, self._engine.step(requests), strict=True))
+        except MlaError as error:
+            if len(jobs) > 1:  # no session has changed
+                return [found for job in jobs for found in self._step([job])]
+            self._fail(jobs[0], error)
+            return []
+
+    def _prefill(self) -> None:
+        """A chunk of the prompt whose turn it is."""
+        while self._prefilling:
+            job = self._prefilling[0]
+            done = job.length
+            chunk = CHUNK_BESIDE_OTHERS if self._decoding else PREFILL_CHUNK
+            end = min(len(job.ids), done + chunk)
+            if self._has_room(job, end):
+                break
+            self._wait_again(self._last())
+        else:
+            return
+        assert job.session is not None
+        self._prefilling.rotate(-1)
+        is_last = end == len(job.ids)
+        try:
+            wanted = [[end - done - 1]] if is_last else [[]]
+            rows = self._engine.step([(job.session, job.ids[done:end])], positions=wanted)
+        except MlaError as error:
+            self._fail(job, error)
+            return
+        if is_last:
+            self._prefilling.remove(job)
+            self._decoding.append(job)
+            self._pick(job, rows[0][0])
+
+    def _has_room(self, job: Job, length: int, besides: int = 0) -> bool:
+        """Make room for a job of this length, and so many pages besides, as `_free` does."""
+        assert job.session is not None
+        held = job.session.length
+        pages = -(-length // self._page) - -(-held // self._page)
+        # The last page may be shared, and then is copied. If not, the session itself knows.
+        pages += held % self._page != 0
+        return self._free(pages + besides) or (not besides and job.session.room >= length - held)
+
+    def _free(self, pages: int) -> bool:
+        """Make so many pages free by giving up prefixes; whether that was enough."""
+        while self._engine.free_tokens < pages * self._page:
+            if not self._prefixes.evict():
+                return False
+        return True
+
+    def _last(self) -> Job:
+        """Of those under way, the one that came last."""
+        return max([*self._decoding, *self._prefilling], key=lambda job: job.order)
+
+    def _pick(self, job: Job, logits: Logits) -> None:
+        try:
+            piece = job.pick(logits)
+        except MlaError as error:
+            self._fail(job, error)
+            return
+        if piece.is_last:
+            self._end(job, piece)
+        else:
+            self._news.append((job, piece))
+
+    def _end(self, job: Job, piece: Piece) -> None:
+        session = self._leave(job)
+        if session is not None:
+            self._prefixes.keep(session)
+        with self._changed:
+            self._jobs -= 1
+        self._news.append((job, piece))
+
+    def _fail(self, job: Job, error: MlaError) -> None:
+        self._drop(job)
+        self._news.append((job, Piece(error=error)))
+
+    def _drop(self, job: Job) -> None:
+        """Forget a job and its session."""
+        session = self._leave(job)
+        if session is not None:
+            session.close()
+        with self._changed:
+            self._jobs -= 1
+
+    def _wait_again(self, job: Job) -> None:
+        session = self._leave(job)
+        if session is not None:
+            session.close()
+        self._waiting.appendleft(job)
+
+    def _leave(self, job: Job) -> Session | None:
+        for place in (self._decoding, self._prefilling, self._waiting):
+            if job in place:
+                place.remove(job)
+        return job.leave()
+
+    def _tell(self) -> None:
+        """Send off the news."""
+        news, self._news = self._news, []
+        if not news:
+            return
+
+        def tell() -> None:
+            for job, piece in news:
+                job.listener(piece)
+
+        try:
+            self._call(tell)
+        except Exception:  # nobody is there any more
+            log.exception("the answers of the scheduler found no reader")
