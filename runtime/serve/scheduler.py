@@ -286,6 +286,7 @@ class Scheduler:
         self._news.append((job, piece))
 
     def _fail(self, job: Job, error: MlaError) -> None:
+        error.__traceback__ = error.__context__ = None  # their frames hold sessions
         self._drop(job)
         self._news.append((job, Piece(error=error)))
 

@@ -69,6 +69,11 @@ class Sampling(Part):
         """Tokens to generate at most, as asked for."""
         return self.max_tokens
 
+    def check(self) -> None:
+        """Raise an ApiError if fields contradict each other."""
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+
     def options(self, limit: int) -> GenerationOptions:
         """The options of a generation of at most `limit` tokens.
 
@@ -171,13 +176,13 @@ class ChatRequest(Sampling):
     @property
     def token_limit(self) -> int | None:
         """max_completion_tokens is the newer name."""
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ApiError(
-                400,
-                "max_tokens and max_completion_tokens are two names of one limit; send one",
-                param="max_tokens",
-            )
         return self.max_completion_tokens or self.max_tokens
+
+    def check(self) -> None:
+        super().check()
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            message = "max_tokens and max_completion_tokens are two names of one limit; send one"
+            raise ApiError(400, message, param="max_tokens")
 
 
 RequestKind = TypeVar("RequestKind", bound=Sampling)
@@ -193,8 +198,7 @@ def parse(kind: type[RequestKind], body: bytes) -> RequestKind:
         request = kind.model_validate_json(body)
     except ValidationError as error:
         raise _not_accepted(error) from None
-    if request.stream_options is not None and not request.stream:
-        raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+    request.check()
     return request
 
 
