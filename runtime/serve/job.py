@@ -74,11 +74,6 @@ class Job:
         self.cancelled = True
 
     @property
-    def length(self) -> int:
-        """Tokens in its session."""
-        return 0 if self.session is None else self.session.length
-
-    @property
     def made_tokens(self) -> int:
         """Tokens made so far."""
         return len(self.ids) - self._prompt_tokens

@@ -2,10 +2,10 @@
 
 A round is
 
-    drop what was cancelled -> admit -> one token for every sequence -> one chunk of one prompt
+    drop what was cancelled -> admit -> one token for every sequence -> one chunk of prompts
 
 so a long prompt delays the tokens of others by a chunk a round, and a sequence joins the batch as
-soon as its prompt is computed. Prompts take turns, a chunk each.
+soon as its prompt is computed. Several short prompts share a chunk; long ones take turns.
 
 The cache is given out as it is needed, not by what a request may need at most. Where pages run out,
 kept prefixes go first; then the request that came last waits again, and is computed anew later. Its
@@ -178,8 +178,10 @@ class Scheduler:
         # The last token is computed in any case: its logits are wanted.
         session = self._prefixes.start(job.ids[:-1]) or self._engine.session()
         job.session = session
-        # With others under way, a page for each of them, or it would soon have to wait again.
-        if not self._has_room(job, len(job.ids), besides=active):
+        # Besides, what prompts under way will take and a page for each sequence, or it would soon
+        # have to wait again.
+        promised = active + sum(self._growth(one, len(one.ids)) for one in self._prefilling)
+        if not self._has_room(job, len(job.ids), promised):
             session.close()
             job.leave()
             if not active:  # it was alone before, too, and has grown as far as it can
@@ -199,7 +201,8 @@ class Scheduler:
     def _with_room(self) -> list[Job]:
         """The decoding jobs, once each has room for a token."""
         while self._decoding:
-            needed = sum(job.length % self._page == 0 for job in self._decoding)
+            # All but the last of its tokens are in the cache; that one may begin a page.
+            needed = sum(len(job.ids) % self._page == 1 for job in self._decoding)
             if self._free(needed):
                 break
             last = self._last()
@@ -221,18 +224,21 @@ class Scheduler:
             return []
 
     def _prefill(self) -> None:
-        """A chunk of the prompt whose turn it is."""
-        while self._prefilling:
-            job = self._prefilling[0]
-            done = job.length
-            chunk = CHUNK_BESIDE_OTHERS if self._decoding else PREFILL_CHUNK
-            end = min(len(job.ids), done + chunk)
-            if self._has_room(job, end):
-                break
-            self._wait_again(self._last())
-        else:
-            return
+        """A chunk of tokens, of the prompts whose turn it is."""
+        left = CHUNK_BESIDE_OTHERS if self._decoding else PREFILL_CHUNK
+        while left and self._prefilling:
+            left -= self._prefill_one(left)
+            self._tell()
+
+    def _prefill_one(self, most: int) -> int:
+        """Some tokens of the prompt whose turn it is; how many."""
+        job = self._prefilling[0]
         assert job.session is not None
+        done = job.session.length
+        end = min(len(job.ids), done + most)
+        if not self._has_room(job, end):
+            self._wait_again(self._last())  # perhaps this one
+            return 0
         self._prefilling.rotate(-1)
         is_last = end == len(job.ids)
         try:
@@ -240,24 +246,31 @@ class Scheduler:
             rows = self._engine.step([(job.session, job.ids[done:end])], positions=wanted)
         except MlaError as error:
             self._fail(job, error)
-            return
+            return end - done
         if is_last:
             self._prefilling.remove(job)
             self._decoding.append(job)
             self._pick(job, rows[0][0])
+        return end - done
 
-    def _has_room(self, job: Job, length: int, besides: int = 0) -> bool:
-        """Make room for a job of this length, and so many pages besides, as `_free` does."""
+    def _growth(self, job: Job, length: int) -> int:
+        """Pages that it may take to grow to a length."""
         assert job.session is not None
         held = job.session.length
-        pages = -(-length // self._page) - -(-held // self._page)
-        # The last page may be shared, and then is copied. If not, the session itself knows.
-        pages += held % self._page != 0
-        return self._free(pages + besides) or (not besides and job.session.room >= length - held)
+        copied = held % self._page != 0  # if a kept prefix shares the last page
+        return -(-length // self._page) - -(-held // self._page) + copied
+
+    def _has_room(self, job: Job, length: int, promised: int = 0) -> bool:
+        """Make room for a job of this length, and so many pages besides, as `_free` does."""
+        assert job.session is not None
+        if self._free(self._growth(job, length) + promised):
+            return True
+        # No page needs to be copied, now that there are no prefixes.
+        return not promised and job.session.room >= length - job.session.length
 
     def _free(self, pages: int) -> bool:
         """Make so many pages free by giving up prefixes; whether that was enough."""
-        while self._engine.free_tokens < pages * self._page:
+        while pages and self._engine.free_tokens < pages * self._page:
             if not self._prefixes.evict():
                 return False
         return True

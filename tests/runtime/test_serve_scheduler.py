@@ -222,6 +222,18 @@ def test_the_cache_is_shared_by_as_many_as_fit(toy: Toy) -> None:
             assert request.made == toy.greedy(prompt, len(request.made))
 
 
+def test_a_request_is_admitted_only_when_its_whole_prompt_has_room(toy: Toy) -> None:
+    """Also beside one whose prompt is not computed yet: nothing is computed twice."""
+    engine = toy.load(max_tokens=8 * 64)
+    gate = Gate(engine)
+    with scheduling(engine) as scheduler:
+        requests = [Request(scheduler, prompt, max_tokens=3) for prompt in prompts(3, 300)]
+        gate.open()
+        for prompt, request in zip(prompts(3, 300), requests, strict=True):
+            assert request.made == toy.greedy(prompt, 3)
+    assert sum(sum(step) for step in gate.steps) == 3 * (300 + 2)
+
+
 def test_a_prompt_that_can_never_fit_is_refused(toy: Toy) -> None:
     with scheduling(toy.load(max_tokens=128)) as scheduler:
         with pytest.raises(SessionError, match="too long"):
