@@ -47,7 +47,8 @@ class Job:
     Attributes:
         order: jobs that came later have larger ones.
         ids: the prompt and the tokens made so far.
-        session: None while it waits; holds `ids` up to where they are computed.
+        session: None while it waits.
+        computed: how many of `ids` the session holds.
         cached_tokens: of the prompt, found in the cache of prefixes when it was admitted first.
         cancelled: nobody wants the rest.
     """
@@ -58,6 +59,7 @@ class Job:
         self.order = 0
         self.ids = prompt
         self.session: Session | None = None
+        self.computed = 0
         self.cached_tokens = 0
         self.cancelled = False
         self.listener = listener
@@ -77,6 +79,13 @@ class Job:
     def made_tokens(self) -> int:
         """Tokens made so far."""
         return len(self.ids) - self._prompt_tokens
+
+    def begin(self, session: Session) -> None:
+        """Go on in a session that holds a start of the ids."""
+        self.session = session
+        self.computed = session.length
+        if self.made_tokens == 0:
+            self.cached_tokens = self.computed
 
     def pick(self, logits: Logits) -> Piece:
         """Choose the next token.
@@ -105,5 +114,5 @@ class Job:
 
     def leave(self) -> Session | None:
         """Give up the session."""
-        session, self.session = self.session, None
+        session, self.session, self.computed = self.session, None, 0
         return session

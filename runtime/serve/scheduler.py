@@ -30,6 +30,9 @@ from mla_deploy.runtime.session import Session
 CHUNK_BESIDE_OTHERS = 128
 """Tokens of a prompt that are computed between two tokens of other sequences."""
 
+Portion = tuple[Job, int]
+"""A job, and how many of its ids shall be computed."""
+
 STOPPED = SessionError("the server is stopping", hint="try again later")
 
 log = logging.getLogger(__name__)
@@ -177,26 +180,20 @@ class Scheduler:
             return False
         # The last token is computed in any case: its logits are wanted.
         session = self._prefixes.start(job.ids[:-1]) or self._engine.session()
-        job.session = session
+        job.begin(session)
         # Besides, what prompts under way will take and a page for each sequence, or it would soon
         # have to wait again.
         promised = active + sum(self._growth(one, len(one.ids)) for one in self._prefilling)
-        if not self._has_room(job, len(job.ids), promised):
+        if not self._has_room([(job, len(job.ids))], promised):
             session.close()
             job.leave()
             if not active:  # it was alone before, too, and has grown as far as it can
                 self._end(job, job.out_of_room())
             return False
-        if job.made_tokens == 0:
-            job.cached_tokens = session.length
         return True
 
     def _decode(self) -> None:
-        jobs = self._with_room()
-        if not jobs:
-            return
-        for job, logits in self._step(jobs):
-            self._pick(job, logits)
+        self._advance([(job, len(job.ids)) for job in self._with_room()])
 
     def _with_room(self) -> list[Job]:
         """The decoding jobs, once each has room for a token."""
@@ -212,61 +209,70 @@ class Scheduler:
                 self._end(last, last.out_of_room())
         return self._decoding.copy()
 
-    def _step(self, jobs: Sequence[Job]) -> list[tuple[Job, Logits]]:
-        """A token for each; where that fails, for each of those that it does not fail for."""
-        requests = [(job.session, job.ids[-1:]) for job in jobs if job.session is not None]
-        try:
-            return list(zip(jobs, self._engine.step(requests), strict=True))
-        except MlaError as error:
-            if len(jobs) > 1:  # no session has changed
-                return [found for job in jobs for found in self._step([job])]
-            self._fail(jobs[0], error)
-            return []
-
     def _prefill(self) -> None:
         """A chunk of tokens, of the prompts whose turn it is."""
-        left = CHUNK_BESIDE_OTHERS if self._decoding else PREFILL_CHUNK
-        while left and self._prefilling:
-            left -= self._prefill_one(left)
-            self._tell()
+        portions = self._portions()
+        while not self._has_room(portions):
+            self._wait_again(self._last())
+            portions = self._portions()
+        self._prefilling.rotate(-len(portions))
+        self._advance(portions)
 
-    def _prefill_one(self, most: int) -> int:
-        """Some tokens of the prompt whose turn it is; how many."""
-        job = self._prefilling[0]
-        assert job.session is not None
-        done = job.session.length
-        end = min(len(job.ids), done + most)
-        if not self._has_room(job, end):
-            self._wait_again(self._last())  # perhaps this one
-            return 0
-        self._prefilling.rotate(-1)
-        is_last = end == len(job.ids)
+    def _portions(self) -> list[Portion]:
+        """What makes up the next chunk: a part of a long prompt, or several short ones."""
+        most = CHUNK_BESIDE_OTHERS if self._decoding else PREFILL_CHUNK
+        portions: list[Portion] = []
+        longest = 0
+        for job in self._prefilling:
+            end = min(len(job.ids), job.computed + most)
+            longest = max(longest, end - job.computed)
+            if (len(portions) + 1) * longest > most:  # a step computes padding, too
+                break
+            portions.append((job, end))
+        return portions
+
+    def _advance(self, portions: Sequence[Portion]) -> None:
+        """Compute the ids of jobs up to an end, in one step, and the next token of those at theirs.
+
+        Where that fails, each by itself: the others go on.
+        """
+        if not portions:
+            return
+        requests = [(_session(job), job.ids[job.computed : end]) for job, end in portions]
+        wanted = [
+            [len(ids) - 1] if end == len(job.ids) else []
+            for (job, end), (_, ids) in zip(portions, requests, strict=True)
+        ]
         try:
-            wanted = [[end - done - 1]] if is_last else [[]]
-            rows = self._engine.step([(job.session, job.ids[done:end])], positions=wanted)
+            rows = self._engine.step(requests, positions=wanted)
         except MlaError as error:
-            self._fail(job, error)
-            return end - done
-        if is_last:
-            self._prefilling.remove(job)
-            self._decoding.append(job)
-            self._pick(job, rows[0][0])
-        return end - done
+            if len(portions) == 1:
+                self._fail(portions[0][0], error)
+                return
+            rows = []
+        if not rows:  # no session has changed
+            for one in portions:
+                self._advance([one])
+            return
+        for (job, end), logits in zip(portions, rows, strict=True):
+            job.computed = end
+            if len(logits):
+                self._pick(job, logits[0])
 
     def _growth(self, job: Job, length: int) -> int:
         """Pages that it may take to grow to a length."""
-        assert job.session is not None
-        held = job.session.length
-        copied = held % self._page != 0  # if a kept prefix shares the last page
-        return -(-length // self._page) - -(-held // self._page) + copied
+        copied = job.computed % self._page != 0  # if a kept prefix shares the last page
+        return -(-length // self._page) - -(-job.computed // self._page) + copied
 
-    def _has_room(self, job: Job, length: int, promised: int = 0) -> bool:
-        """Make room for a job of this length, and so many pages besides, as `_free` does."""
-        assert job.session is not None
-        if self._free(self._growth(job, length) + promised):
+    def _has_room(self, portions: Sequence[Portion], promised: int = 0) -> bool:
+        """Make room for portions, and so many pages besides, as `_free` does."""
+        needed = promised + sum(self._growth(job, end) for job, end in portions)
+        if self._free(needed):
             return True
-        # No page needs to be copied, now that there are no prefixes.
-        return not promised and job.session.room >= length - job.session.length
+        if promised or len(portions) > 1:
+            return False
+        ((job, end),) = portions  # no page has to be copied, now that there are no prefixes
+        return _session(job).room >= end - job.computed
 
     def _free(self, pages: int) -> bool:
         """Make so many pages free by giving up prefixes; whether that was enough."""
@@ -280,6 +286,9 @@ class Scheduler:
         return max([*self._decoding, *self._prefilling], key=lambda job: job.order)
 
     def _pick(self, job: Job, logits: Logits) -> None:
+        if job in self._prefilling:
+            self._prefilling.remove(job)
+            self._decoding.append(job)
         try:
             piece = job.pick(logits)
         except MlaError as error:
@@ -337,3 +346,9 @@ class Scheduler:
             self._call(tell)
         except Exception:  # nobody is there any more
             log.exception("the answers of the scheduler found no reader")
+
+
+def _session(job: Job) -> Session:
+    """Of a job that is under way."""
+    assert job.session is not None
+    return job.session
