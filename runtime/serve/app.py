@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from mla_deploy.errors import MlaError, SessionError
+from mla_deploy.errors import MlaError, SessionError, UsageError
 from mla_deploy.runtime.engine import Engine
 from mla_deploy.runtime.serve.answers import Answer, ChatAnswer, CompletionAnswer, usage
 from mla_deploy.runtime.serve.errors import ApiError, in_one_line
@@ -78,7 +78,6 @@ class Service:
                 call=asyncio.get_running_loop().call_soon_threadsafe,
             )
             yield
-            await self.stop()
 
         app = FastAPI(lifespan=lifespan, openapi_url=None)
         checks = [Depends(self._check_host), Depends(self._check_key)]
@@ -99,13 +98,13 @@ class Service:
         return app
 
     async def stop(self) -> None:
-        """End all requests. May be called again."""
+        """End all requests: for whoever runs the app, before it waits for its connections."""
         await asyncio.to_thread(self.scheduler.stop)
 
     async def _check_host(self, request: Request) -> None:
         """A page of another site whose name was made to lead here calls us by that name."""
         hosts = self._settings.hosts
-        if hosts is not None and (request.url.hostname or "") not in hosts:
+        if hosts is not None and request.url.hostname not in hosts:
             raise ApiError(403, "the server answers to its own address only, unless it has a key")
 
     async def _check_key(self, request: Request) -> None:
@@ -261,6 +260,8 @@ def _of_job(error: MlaError) -> ApiError:
     """What a client is told of a request that failed; the rest is for the log."""
     if error is STOPPED:
         return ApiError(503, "the server is stopping", code="server_stopping")
+    if isinstance(error, UsageError):
+        return ApiError(400, in_one_line(error))
     log.error("a request failed: %s", in_one_line(error))
     return ApiError(500, "the model failed on this request", code="model_failed")
 

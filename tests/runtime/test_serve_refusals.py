@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -13,6 +13,7 @@ import openai
 import pytest
 from support.serving import Running, serving
 
+from mla_deploy.runtime import Engine
 from mla_deploy.runtime.serve import http as serve_http
 
 if TYPE_CHECKING:
@@ -230,6 +231,14 @@ def test_a_prompt_that_is_too_long_is_refused(running: Running) -> None:
     assert "1001" in error["message"]
     assert "1000" in error["message"]
     assert running.complete(prompt=[1] * 1000, max_tokens=5).status_code == 200
+
+
+def test_an_option_that_turns_out_to_be_wrong_later_is_the_clients_error(
+    scripted: Callable[[int, Sequence[int]], Engine],
+) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 50, "temperature": 0, "repetition_penalty": 1e-40}
+    with serving(scripted(5, [65] * 90)) as running:
+        assert "penalty" in refused(running, "/completions", body)["message"]
 
 
 def test_another_model_is_not_there(running: Running) -> None:

@@ -201,17 +201,20 @@ def test_a_full_cache_ends_the_text_of_the_only_request(toy: Toy) -> None:
 def test_where_pages_run_out_the_last_request_waits_and_goes_on_as_if_it_had_not(toy: Toy) -> None:
     engine = toy.load(max_tokens=4 * 64)
     gate = Gate(engine)
+    options: dict[str, Any] = {"max_tokens": 100, "temperature": 1.0, "seed": 1}
+    long, short = [7, *[1] * 59], [14, *[2] * 29]
     with scheduling(engine) as scheduler:
-        options: dict[str, Any] = {"max_tokens": 100, "temperature": 1.0, "seed": 0}
-        first, second = (Request(scheduler, prompt, **options) for prompt in prompts(2, 60))
+        first, last = (Request(scheduler, prompt, **options) for prompt in (long, short))
         gate.open()
-        for prompt, request in zip(prompts(2, 60), (first, second), strict=True):
+        for prompt, request in ((long, first), (short, last)):
             alone = toy.load().generate(prompt, GenerationOptions(**options))
             assert len(alone.tokens) == 100
             assert request.made == list(alone.tokens)
             assert request.text == alone.text
-    assert any(step[0] > 60 for step in gate.steps), "it was computed anew"
-    assert [1, 1] in gate.steps
+            assert request.last.cached_tokens == 0
+    at = gate.steps.index([1, 1])
+    (again,) = [step for step in gate.steps[at:] if max(step) > 1]
+    assert again[0] in range(31, 130 - 30), "the last one was computed anew, once"
 
 
 def test_the_cache_is_shared_by_as_many_as_fit(toy: Toy) -> None:

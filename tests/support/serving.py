@@ -14,7 +14,7 @@ import openai
 from mla_deploy.runtime import Engine
 from mla_deploy.runtime.serve.server import Server, ServerOptions, bind
 
-PATIENCE = 60
+PATIENCE = 30
 """Seconds after which something will not happen any more."""
 
 
@@ -77,10 +77,12 @@ class Gate:
 
     Attributes:
         steps: of each step that began, how many new tokens each sequence had.
+        done: how many have ended.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.steps: list[list[int]] = []
+        self.done = 0
         self._allowed = threading.Semaphore(0)
         self._is_open = False
         step = engine.step
@@ -89,7 +91,10 @@ class Gate:
             self.steps.append([len(ids) for _, ids in requests])
             if not self._is_open:
                 assert self._allowed.acquire(timeout=PATIENCE)
-            return step(requests, **options)
+            try:
+                return step(requests, **options)
+            finally:
+                self.done += 1
 
         engine.step = gated  # type: ignore[method-assign]
 
