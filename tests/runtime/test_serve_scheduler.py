@@ -395,3 +395,15 @@ def test_a_prefix_of_a_full_cache_can_be_gone_on_from(toy: Toy) -> None:
         Request(scheduler, [1] * 100, max_tokens=20).text  # noqa: B018 - waits
         prompt = [*[1] * 90, *[2] * 38]
         assert Request(scheduler, prompt, max_tokens=5).made == toy.greedy(prompt, 1)
+
+
+def test_cached_tokens_are_those_of_the_first_admission(toy: Toy) -> None:
+    engine = toy.load()
+    job = Job(engine, PROMPT.copy(), GenerationOptions(), lambda piece: None)
+    with engine.session() as first, engine.session() as second:
+        job.begin(first)
+        job.pick(first.prefill(PROMPT))
+        second.prefill(PROMPT)
+        assert job.leave() is first
+        job.begin(second)
+    assert (job.cached_tokens, job.computed) == (0, len(PROMPT))
