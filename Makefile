@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ABSBIN := $(CURDIR)/$(BIN)
-EXTRAS := dev,cpu,hqq,eval,tensorrt
+EXTRAS := dev,cpu,hqq,eval,tensorrt,serve
 BUILD_REQUIREMENTS := cmake ninja nanobind nanobind-backend nlohmann-json scikit-build-core
 
 # Two stamps: what is installed, and what is compiled, so that an edited C++ file costs seconds.

@@ -13,8 +13,9 @@ from mla_deploy.output import writing
 from mla_deploy.runtime.cancellation import Cancellation
 from mla_deploy.runtime.closing import Closing
 from mla_deploy.runtime.engine import Engine
-from mla_deploy.runtime.generation import Event, Generation, GenerationResult
+from mla_deploy.runtime.generation import Generation, GenerationResult
 from mla_deploy.runtime.options import GenerationOptions
+from mla_deploy.runtime.writing import Event
 
 FORMAT, VERSION = "mla-deploy-conversation", 1
 CACHE_SUFFIX = ".session"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from mla_deploy.runtime import _runtime
 from mla_deploy.runtime.cancellation import Cancellation
@@ -13,32 +13,11 @@ from mla_deploy.runtime.closing import Closing
 from mla_deploy.runtime.native import token_array
 from mla_deploy.runtime.options import GenerationOptions
 from mla_deploy.runtime.statistics import Statistics
-from mla_deploy.runtime.stopping import StopStrings
+from mla_deploy.runtime.writing import Event, FinishReason, Writing
 
 if TYPE_CHECKING:
     from mla_deploy.runtime.engine import Engine
     from mla_deploy.runtime.session import Session
-
-FinishReason = Literal["eos", "stop", "length", "context", "cancelled"]
-"""`eos`: the model ended the text. `stop`: a stop string came. `length`: max_tokens were made.
-`context`: the model's context or the cache has no room for another token. `cancelled`: by a
-`Cancellation`; it has no event, as no token comes with it."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """One more token.
-
-    Attributes:
-        token: its id.
-        text: what can be shown since the event before. Empty while a character is incomplete or a
-            stop string may have begun; the texts of all events together are the result's.
-        finish_reason: with the last event, why it is the last.
-    """
-
-    token: int
-    text: str
-    finish_reason: FinishReason | None
 
 
 @dataclass(frozen=True)
@@ -105,9 +84,7 @@ class _Loop:
         )
         self._took = self._core.result()
         self._prompt_tokens = len(prompt)
-        needs_text = engine.has_tokenizer or options.stop
-        self._decoder = engine.tokenizer.stream() if needs_text else None
-        self._stops = StopStrings(options.stop)
+        self._writing = Writing(engine, options.stop)
         self._tokens: list[int] = []
         self._text: list[str] = []
         self._text_seconds = 0.0
@@ -153,15 +130,7 @@ class _Loop:
 
     def _event(self, token: int, reason: FinishReason | None) -> Event:
         self._tokens.append(token)
-        text = ""
-        if self._decoder is not None and reason != "eos":
-            text = self._stops.push(self._decoder.push(token))
-            if self._stops.stopped:
-                reason = "stop"
-        if self._decoder is not None and reason is not None:
-            text += self._stops.push(self._decoder.finish()) + self._stops.finish()
-            if self._stops.stopped:  # perhaps by the replacement of half a character
-                reason = "stop"
-        self._finish_reason = reason
-        self._text.append(text)
-        return Event(token, text, reason)
+        event = self._writing.event(token, reason)
+        self._finish_reason = event.finish_reason
+        self._text.append(event.text)
+        return event

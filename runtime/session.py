@@ -11,7 +11,7 @@ from mla_deploy.errors import SessionError
 from mla_deploy.runtime import _runtime
 from mla_deploy.runtime.cancellation import Cancellation
 from mla_deploy.runtime.closing import Closing
-from mla_deploy.runtime.native import Logits, token_array
+from mla_deploy.runtime.native import Integers, Logits, token_array
 
 if TYPE_CHECKING:
     from mla_deploy.runtime.engine import Engine
@@ -101,9 +101,17 @@ class Session(Closing):
         Raises:
             SessionError: the session is closed.
         """
-        same = self.core.common_prefix(token_array(ids))
+        same = self.common_prefix(ids)
         self.rewind(same)
         return same
+
+    def common_prefix(self, ids: Sequence[int] | Integers) -> int:
+        """How many tokens of `ids` the session holds at its start.
+
+        Raises:
+            SessionError: the session is closed.
+        """
+        return self.core.common_prefix(token_array(ids))
 
     def fill_by_copies(self, length: int) -> None:
         """Grow to `length` tokens without computing: whole pages of the cache are repeated.

@@ -7,11 +7,11 @@ from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 from mla_deploy.runtime.closing import Closing
-from mla_deploy.runtime.generation import Event, FinishReason, GenerationResult
+from mla_deploy.runtime.generation import GenerationResult
 from mla_deploy.runtime.options import GenerationOptions
 from mla_deploy.runtime.sampling import Sampler
 from mla_deploy.runtime.statistics import Statistics
-from mla_deploy.runtime.stopping import StopStrings
+from mla_deploy.runtime.writing import Event, FinishReason, Writing
 
 if TYPE_CHECKING:
     from mla_deploy.runtime.tensorrt import TensorRtEngine, TensorRtSession
@@ -28,9 +28,7 @@ class TensorRtGeneration(Closing, Iterator[Event]):
         session: TensorRtSession | None,
     ) -> None:
         self._engine, self._prompt, self._options = engine, prompt, options
-        needs_text = engine.has_tokenizer or options.stop
-        self._decoder = engine.tokenizer.stream() if needs_text else None
-        self._stops = StopStrings(options.stop)
+        self._writing = Writing(engine, options.stop)
         self._tokens: list[int] = []
         self._text: list[str] = []
         self._finish_reason: FinishReason | None = None
@@ -86,21 +84,14 @@ class TensorRtGeneration(Closing, Iterator[Event]):
                 session.close()
 
     def _event(self, token: int, room: int) -> Event:
-        is_eos = token in self._engine.eos_token_ids
-        text = ""
-        if self._decoder is not None and not is_eos:
-            text = self._stops.push(self._decoder.push(token))
-        if is_eos:
-            self._finish_reason = "eos"
-        elif self._stops.stopped:
-            self._finish_reason = "stop"
+        reason: FinishReason | None = None
+        if token in self._engine.eos_token_ids:
+            reason = "eos"
         elif len(self._tokens) == self._options.max_tokens:
-            self._finish_reason = "length"
+            reason = "length"
         elif room < 1:
-            self._finish_reason = "context"
-        if self._decoder is not None and self._finish_reason is not None:
-            text += self._stops.push(self._decoder.finish()) + self._stops.finish()
-            if self._stops.stopped:  # perhaps by the replacement of half a character
-                self._finish_reason = "stop"
-        self._text.append(text)
-        return Event(token, text, self._finish_reason)
+            reason = "context"
+        event = self._writing.event(token, reason)
+        self._finish_reason = event.finish_reason
+        self._text.append(event.text)
+        return event

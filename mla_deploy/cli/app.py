@@ -16,7 +16,9 @@ from mla_deploy import __version__
 from mla_deploy.cli.reporter import Reporter, errors_of_click
 from mla_deploy.errors import MlaError
 
-COMMANDS = ("inspect", "convert", "quantize", "export", "build", "run", "chat", "eval", "bench")
+COMMANDS = (
+    "inspect", "convert", "quantize", "export", "build", "run", "chat", "serve", "eval", "bench",
+)  # fmt: skip
 """In the order of the work. Each is `mla_deploy.cli.NAME.command`."""
 
 USERS_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}

@@ -119,6 +119,9 @@ void Sampler::check_size(size_t logits) const {
 mla_token Sampler::pick(const float* logits) {
     if (options_.temperature == 0) {
         check_finite(logits, vocab_size());
+        if (options_.repetition_penalty == 1) {  // no copy of the logits
+            return static_cast<mla_token>(std::max_element(logits, logits + vocab_size()) - logits);
+        }
         const std::vector<double> scores = penalised(logits);
         return static_cast<mla_token>(std::max_element(scores.begin(), scores.end()) -
                                       scores.begin());
