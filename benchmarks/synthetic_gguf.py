@@ -98,7 +98,9 @@ def _deepseek2_keys(writer: gguf.GGUFWriter, config: MlaConfig) -> None:
     writer.add_expert_group_used_count(moe.topk_group)
     writer.add_expert_weights_scale(moe.routed_scaling_factor)
     writer.add_expert_weights_norm(moe.norm_topk_prob)
-    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    gating = gguf.ExpertGatingFuncType
+    is_v2 = config.model_type == "deepseek_v2"
+    writer.add_expert_gating_func(gating.SOFTMAX if is_v2 else gating.SIGMOID)
 
 
 def tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

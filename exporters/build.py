@@ -19,61 +19,26 @@ from typing import Any, Literal
 
 from mla_deploy import __version__
 from mla_deploy.bundle import MANIFEST
-from mla_deploy.cache import cache_record, formats_of_layers
-from mla_deploy.config_reader import read_json_object
-from mla_deploy.errors import UsageError
+from mla_deploy.exporters.build_plan import BuildOptions, BuildPlan, plan_build
 from mla_deploy.exporters.onnx.export import (
     TARGETS,
     ExportReport,
     export_onnx,
-    require_tokenizer,
 )
-from mla_deploy.exporters.tensorrt.build import check_backend, check_memory
-from mla_deploy.exporters.tensorrt.capability import DEFAULT, capability
+from mla_deploy.exporters.tensorrt.build import check_memory
 from mla_deploy.exporters.tensorrt.export import TensorRtOptions, TensorRtReport, export_tensorrt
 from mla_deploy.output import check_output, check_space
-from mla_deploy.quant.calibrate import AUTO
 from mla_deploy.quant.compress.convert import convert_checkpoint
-from mla_deploy.quant.compress.geometry import candidates
-from mla_deploy.quant.compress.options import SELF, ConvertOptions
 from mla_deploy.quant.compress.report import ConversionReport
-from mla_deploy.quant.compress.source import FAMILIES, Source
+from mla_deploy.quant.compress.source import Source
 from mla_deploy.quant.hqq_source import open_source, options_of_source
-from mla_deploy.quant.options import QuantizeOptions, recipe_for
+from mla_deploy.quant.options import recipe_for
 from mla_deploy.quant.plan import make_plan
 from mla_deploy.quant.quantize import Progress, QuantizeReport, quantize_checkpoint
 from mla_deploy.quant.workspace import JOB_FILE, claimed
-from mla_deploy.recipe import RECIPE_KEY
 
 StepState = Literal["done", "done before", "not needed"]
 """`done before`: by an earlier run, which was stopped."""
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """How to build; None stands for a default. The single steps have more to choose."""
-
-    target: str = "cpu"
-    """What the bundle is to run on: cpu, cuda, or a GPU to build a TensorRT engine for."""
-    kv: str | None = None
-    """The cache record, as of `QuantizeOptions`. Default: int4."""
-    weights: str | None = None
-    """The format of matrices, as of `QuantizeOptions`. Default: int4."""
-    calibration: tuple[str, ...] = ()
-    """Text files that conversion and quantisation measure on, or, to convert, `self`."""
-    target_ratio: float | None = None
-    """The cache of a converted model against the source's, as of `ConvertOptions`."""
-
-    def quantized_by(self) -> dict[str, Any]:
-        """What is not left to the default, of the options of quantisation."""
-        texts = tuple(str(Path(text).resolve()) for text in self.texts)
-        given = {"kv": self.kv, "weights": self.weights, "calibration": texts or None}
-        return {name: value for name, value in given.items() if value is not None}
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The calibration texts that are files."""
-        return tuple(text for text in self.calibration if text != SELF)
 
 
 @dataclass(frozen=True)
@@ -149,15 +114,15 @@ def build_bundle(
     source, out = Path(source), Path(out)
     options = options or BuildOptions()
     say = say or (lambda text: None)
-    way = _way(source, options)
+    plan = plan_build(source, options)
     check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
     work = out.with_name(f"{out.name}.build")
-    if way.quantize is None:
+    if plan.quantize is None:
         say(f"{source} is quantised already: it is only exported")
-        run = _Run(source, work, way, options, progress)
+        run = _Run(source, work, plan, options, progress)
         return run.report(run.export(source, out, force), started)
     with claimed(work, _job(source, options)), _kept_if_worth_it(work, say):
-        run = _Run(source, work, way, options, progress)
+        run = _Run(source, work, plan, options, progress)
         run.check_room()
         say(
             f"goes on from what is in {work}"
@@ -169,100 +134,6 @@ def build_bundle(
     return report
 
 
-@dataclass(frozen=True)
-class _Way:
-    """The steps that a model needs; None: this one not."""
-
-    convert: ConvertOptions | None
-    quantize: QuantizeOptions | None
-
-
-def _way(source: Path, options: BuildOptions) -> _Way:
-    """The steps, after checking all that is known before the first."""
-    _check_target(options.target)
-    if (source / MANIFEST).is_file():
-        raise UsageError(
-            f"{source} is a bundle already", hint=f'run it: mla-deploy run {source} "..."'
-        )
-    raw = read_json_object(source / "config.json")
-    require_tokenizer(source)
-    if raw.get(RECIPE_KEY) is not None:
-        _refuse_any(
-            {**options.quantized_by(), "target_ratio": options.target_ratio},
-            f"{source} is quantised already, and only exported",
-            "leave it out, or build from the checkpoint that this one was made from",
-        )
-        return _Way(None, None)
-    convert = None
-    if raw.get("model_type") in FAMILIES:
-        convert = _conversion(source, options)
-    else:
-        _refuse_any(
-            {"target_ratio": options.target_ratio},
-            f"the attention of {source} is latent already, and not converted",
-            "leave it out; --kv chooses the format of the cache",
-        )
-        if SELF in options.calibration:
-            raise UsageError(
-                "only a conversion can measure on text of the model's own",
-                found=f"--calibration {SELF}, and {source} is not converted",
-                hint="give a text file, or leave --calibration out",
-            )
-    if AUTO in (options.kv, options.weights):
-        raise UsageError(
-            "formats are chosen for each layer under a budget, for which `build` has no option",
-            found=AUTO,
-            hint="quantize by itself: mla-deploy quantize --help; then build from its result",
-        )
-    quantize = QuantizeOptions(**options.quantized_by())
-    if convert is not None:
-        _check_cache(source, convert, quantize)
-    return _Way(convert, quantize)
-
-
-def _check_target(target: str) -> None:
-    engines = capability(DEFAULT)
-    if target in engines.targets:
-        check_backend(engines, [target])
-    elif target not in TARGETS:
-        raise UsageError(
-            "bundles are not built for this target",
-            found=target,
-            allowed=", ".join((*TARGETS, *engines.targets)),
-            hint="engines for other GPUs, Jetsons among them, are built on the device: "
-            "quantize, then export --to tensorrt (docs/tensorrt.md)",
-        )
-
-
-def _refuse_any(given: dict[str, Any], what: str, hint: str) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise UsageError(what, found="--" + name.replace("_", "-"), hint=hint)
-
-
-def _conversion(source: Path, options: BuildOptions) -> ConvertOptions:
-    """Both of its options are asked for, because a conversion loses something for good."""
-    needed = {"--target-ratio": options.target_ratio, "--calibration": options.calibration or None}
-    if missing := [name for name, value in needed.items() if value is None]:
-        raise UsageError(
-            f"the attention of {source} is not latent yet, and to convert it needs a size and a "
-            "text to measure on",
-            found=f"no {' and no '.join(missing)}",
-            allowed=f"a ratio up to 1; text files, or {SELF}: the model writes the text",
-            hint="for instance: --target-ratio 0.3125 --calibration TEXT (docs/conversion.md)",
-        )
-    return ConvertOptions(target_ratio=options.target_ratio, calibration=options.calibration)
-
-
-def _check_cache(source: Path, convert: ConvertOptions, quantize: QuantizeOptions) -> None:
-    """Raise a ConfigError now where the cache of the converted model cannot be of that format."""
-    config = Source(source).config
-    formats = formats_of_layers(config.num_hidden_layers, quantize.kv, quantize.kv_first)
-    for size in candidates(config, convert):
-        for name in dict.fromkeys(formats):
-            cache_record(name).parts(size.kv_lora_rank, size.qk_rope_head_dim)
-
-
 class _Run:
     """Carries the steps out, from where an earlier run of them stopped."""
 
@@ -270,17 +141,17 @@ class _Run:
         self,
         source: Path,
         work: Path,
-        way: _Way,
+        plan: BuildPlan,
         options: BuildOptions,
         progress: Progress | None,
     ) -> None:
-        self.source, self.way, self.options, self.progress = source, way, options, progress
+        self.source, self.plan, self.options, self.progress = source, plan, options, progress
         self.work = work
         self.converted, self.quantized_folder = work / "converted", work / "quantized"
         is_quantized, is_converted = self.quantized_folder.is_dir(), self.converted.is_dir()
         self.steps: dict[str, StepState] = {
-            "convert": _state(way.convert is not None, is_converted or is_quantized),
-            "quantize": _state(way.quantize is not None, is_quantized),
+            "convert": _state(plan.convert is not None, is_converted or is_quantized),
+            "quantize": _state(plan.quantize is not None, is_quantized),
             "export": "done",
         }
         self.conversion: ConversionReport | None = None
@@ -291,7 +162,7 @@ class _Run:
         if self.steps["convert"] == "done":
             self._check_space(sum(info.bytes for info in Source(self.source).tensors.values()))
         elif self.steps["quantize"] == "done":
-            self._check_room_of(self.source if self.way.convert is None else self.converted)
+            self._check_room_of(self.source if self.plan.convert is None else self.converted)
 
     def _check_room_of(self, source: Path) -> None:
         """For the quantised checkpoint, and its bundle of about the same size."""
@@ -305,28 +176,28 @@ class _Run:
         check_space(self.work, needed - held)
 
     def _quantized_bytes(self, source: Path) -> int:
-        assert self.way.quantize is not None
+        assert self.plan.quantize is not None
         checkpoint = open_source(source)
-        options = options_of_source(checkpoint, self.way.quantize)
+        options = options_of_source(checkpoint, self.plan.quantize)
         recipe = recipe_for(checkpoint.config, options)
         return make_plan(checkpoint, replace(checkpoint.config, recipe=recipe)).output_bytes
 
     def quantized(self) -> Path:
         """The quantised checkpoint, made now if it is not there yet."""
         if self.steps["quantize"] == "done":
-            assert self.way.quantize is not None
-            source = self._convert() if self.way.convert is not None else self.source
+            assert self.plan.quantize is not None
+            source = self._convert() if self.plan.convert is not None else self.source
             self.quantization = quantize_checkpoint(
-                source, self.quantized_folder, self.way.quantize, self._progress("quantize")
+                source, self.quantized_folder, self.plan.quantize, self._progress("quantize")
             )
         shutil.rmtree(self.converted, ignore_errors=True)
         return self.quantized_folder
 
     def _convert(self) -> Path:
         if self.steps["convert"] == "done":
-            assert self.way.convert is not None
+            assert self.plan.convert is not None
             self.conversion = convert_checkpoint(
-                self.source, self.converted, self.way.convert, self._progress("convert")
+                self.source, self.converted, self.plan.convert, self._progress("convert")
             )
             self._check_room_of(self.converted)
         return self.converted

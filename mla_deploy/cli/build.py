@@ -46,7 +46,8 @@ def command(reporter: Reporter, /, model: Path, output: Path, force: bool, **opt
     from the folder OUTPUT.build when it is repeated. The three commands by themselves have more
     options.
     """
-    from mla_deploy.exporters.build import BuildOptions, build_bundle
+    from mla_deploy.exporters.build import build_bundle
+    from mla_deploy.exporters.build_plan import BuildOptions
 
     with reporter.progress("building") as progress:
         report = build_bundle(

@@ -19,7 +19,8 @@ from support.sources import byte_tokenizer, random_source, random_text
 
 from mla_deploy.errors import UsageError
 from mla_deploy.exporters import build as build_module
-from mla_deploy.exporters.build import BuildOptions, build_bundle
+from mla_deploy.exporters.build import build_bundle
+from mla_deploy.exporters.build_plan import BuildOptions
 
 Invoke = Callable[..., Result]
 ValuesOf = Callable[..., dict[str, Any]]
@@ -287,7 +288,8 @@ def test_an_output_is_replaced_only_when_asked(
 
 KILLED = """
 import os, signal, sys
-from mla_deploy.exporters.build import BuildOptions, build_bundle
+from mla_deploy.exporters.build import build_bundle
+from mla_deploy.exporters.build_plan import BuildOptions
 
 def progress(done, total, what):
     if what.startswith(sys.argv[4]):
