@@ -34,8 +34,8 @@ from cache_study import fused, rotations_of_weights
 from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache
 
 from mla_deploy.cache import CacheRecord, cache_record
-from mla_deploy.config import load_config
 from mla_deploy.evaluate.text import encode_text, read_text
+from mla_deploy.families import load_config
 from mla_deploy.model import load_model
 from mla_deploy.ops import attention
 from mla_deploy.quant.calibrate import calibrate

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from mla_deploy.cache import cache_record
-from mla_deploy.config import MlaConfig, load_config
+from mla_deploy.config import MlaConfig
+from mla_deploy.families import load_config
 from mla_deploy.model import build
 from mla_deploy.modules.attention import LatentAttention
 from mla_deploy.modules.base import parameter_sources

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from mla_deploy.checkpoint import Checkpoint
-from mla_deploy.config import load_config
 from mla_deploy.evaluate.text import encode_text, read_text
+from mla_deploy.families import load_config
 from mla_deploy.model import build, load_model
 from mla_deploy.modules.decoder import DecoderLayer
 from mla_deploy.ops import attention

@@ -22,7 +22,8 @@ import torch
 
 import mla_deploy.quant.cache_codes as cache_codes
 from mla_deploy.cache import pages_for
-from mla_deploy.config import MlaConfig, load_config
+from mla_deploy.config import MlaConfig
+from mla_deploy.families import load_config
 from mla_deploy.model import empty_cache, load_model, unquantized
 from mla_deploy.quant.fold import hadamard_block, rotate_blocks
 from mla_deploy.tokenizer import Tokenizer

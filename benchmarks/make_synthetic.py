@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from mla_deploy.checkpoint import ShardWriter
-from mla_deploy.config import load_config
+from mla_deploy.families import load_config
 from mla_deploy.model import build
 from mla_deploy.modules.base import checkpoint_shapes
 

@@ -23,10 +23,10 @@ from make_synthetic import TOKENIZER, TOKENIZER_FILES, config_json
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.checkpoint import ShardWriter
-from mla_deploy.config import load_config
 from mla_deploy.exporters.tensorrt.build import build_engine
 from mla_deploy.exporters.tensorrt.capability import capability
 from mla_deploy.exporters.tensorrt.export import TensorRtOptions, export_tensorrt
+from mla_deploy.families import load_config
 from mla_deploy.model import build
 from mla_deploy.modules.base import parameter_sources
 from mla_deploy.quant.options import QuantizeOptions, recipe_for

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from cache_study import fused
 
-from mla_deploy.config import load_config
 from mla_deploy.evaluate.text import encode_text, read_text
+from mla_deploy.families import load_config
 from mla_deploy.model import load_model
 from mla_deploy.modules.decoder import Decoder
 from mla_deploy.modules.linear import Linear

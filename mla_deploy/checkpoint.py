@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mla_deploy.config import MlaConfig, load_config
+from mla_deploy.config import MlaConfig
 from mla_deploy.config_reader import read_json_object
 from mla_deploy.errors import CheckpointError
+from mla_deploy.families import load_config
 from mla_deploy.output import writing
 
 INDEX_FILE = "model.safetensors.index.json"

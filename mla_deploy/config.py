@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from mla_deploy.config_reader import ConfigReader, read_json_object, read_token_ids
+from mla_deploy.config_reader import ConfigReader, read_token_ids
 from mla_deploy.errors import ConfigError
 from mla_deploy.recipe import RECIPE_KEY, Recipe
 from mla_deploy.rope_config import RopeConfig, read_rope
@@ -88,24 +87,6 @@ class MlaConfig:
             raise ConfigError("qk_rope_head_dim must be even", found=self.qk_rope_head_dim)
         if self.moe is not None:
             _check_moe(self.moe)
-
-
-def load_config(path: Path | str) -> MlaConfig:
-    """Read the config.json of a checkpoint folder, or the file itself.
-
-    Raises:
-        ConfigError: missing, broken, of an unknown model_type, or with values or keys that are not
-            supported.
-    """
-    from mla_deploy.families import family_of
-
-    file = Path(path)
-    file = file / "config.json" if file.is_dir() else file
-    raw = read_json_object(file)
-    reader = ConfigReader(raw, str(file))
-    config = family_of(raw.get("model_type"), str(file)).read_config(reader)
-    reader.finish()
-    return config
 
 
 def read_moe(

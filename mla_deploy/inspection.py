@@ -141,7 +141,7 @@ def stored_bytes(config: MlaConfig, recipe: Recipe) -> int:
 def _inspect_config(source: Path, recipes: Mapping[str, RecipeFor], verify: bool) -> Inspection:
     from mla_deploy.cache import cache_formats, formats_of_layers
     from mla_deploy.checkpoint import Checkpoint
-    from mla_deploy.config import load_config
+    from mla_deploy.families import load_config
     from mla_deploy.model import build, count_parameters, unquantized
     from mla_deploy.modules.base import checkpoint_shapes
 

@@ -22,8 +22,8 @@ import torch
 from safetensors import safe_open
 
 from mla_deploy.checkpoint import Checkpoint, TensorInfo
-from mla_deploy.config import load_config
 from mla_deploy.errors import CheckpointError
+from mla_deploy.families import load_config
 from mla_deploy.packing import pack
 from mla_deploy.quant.options import QuantizeOptions
 from mla_deploy.quant.weights import GROUPS, QuantizedMatrix

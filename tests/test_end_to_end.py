@@ -9,8 +9,8 @@ import pytest
 import torch
 from support.models import random_model, save_checkpoint
 
-from mla_deploy.config import load_config
 from mla_deploy.exporters.onnx import export_onnx
+from mla_deploy.families import load_config
 from mla_deploy.model import forward_window, load_model
 from mla_deploy.quant.options import QuantizeOptions
 from mla_deploy.quant.quantize import quantize_checkpoint

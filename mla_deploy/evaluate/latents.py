@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mla_deploy.cache import cache_record, pages_for
-from mla_deploy.config import load_config
+from mla_deploy.families import load_config
 from mla_deploy.model import cache_parts, empty_cache, load_model
 from mla_deploy.modules.attention import LatentAttention
 

@@ -52,7 +52,7 @@ class TorchScorer:
     """
 
     def __init__(self, path: Path | str) -> None:
-        from mla_deploy.config import load_config
+        from mla_deploy.families import load_config
         from mla_deploy.model import load_model
 
         self.name = str(path)

@@ -10,11 +10,14 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from pathlib import Path
 
+from mla_deploy.config import MlaConfig
+from mla_deploy.config_reader import ConfigReader, read_json_object
 from mla_deploy.errors import ConfigError
 from mla_deploy.families.base import Family
 
-__all__ = ["Family", "families", "family_of"]
+__all__ = ["Family", "families", "family_of", "load_config"]
 
 
 @functools.cache
@@ -45,3 +48,19 @@ def family_of(model_type: object, origin: str) -> Family:
             hint="add a family (CONTRIBUTING.md), or convert the model to MLA first",
         )
     return family
+
+
+def load_config(path: Path | str) -> MlaConfig:
+    """Read the config.json of a checkpoint folder, or the file itself.
+
+    Raises:
+        ConfigError: missing, broken, of an unknown model_type, or with values or keys that are not
+            supported.
+    """
+    file = Path(path)
+    file = file / "config.json" if file.is_dir() else file
+    raw = read_json_object(file)
+    reader = ConfigReader(raw, str(file))
+    config = family_of(raw.get("model_type"), str(file)).read_config(reader)
+    reader.finish()
+    return config

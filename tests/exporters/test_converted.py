@@ -16,9 +16,9 @@ from support.models import VOCAB, save_checkpoint
 from support.sources import byte_tokenizer, random_source, random_text
 
 from mla_deploy.bundle import Bundle
-from mla_deploy.config import load_config
 from mla_deploy.exporters.onnx import export_onnx
 from mla_deploy.exporters.tensorrt.export import TensorRtOptions, export_tensorrt
+from mla_deploy.families import load_config
 from mla_deploy.model import forward_window, load_model
 from mla_deploy.quant.compress.convert import convert_checkpoint
 from mla_deploy.quant.compress.options import ConvertOptions

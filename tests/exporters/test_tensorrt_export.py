@@ -16,11 +16,11 @@ from support.models import random_model, save_checkpoint
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.cache import cache_record
-from mla_deploy.config import load_config
 from mla_deploy.errors import BundleError, ConfigError, MlaError, OutputError, UsageError
 from mla_deploy.exporters.tensorrt import build, export
 from mla_deploy.exporters.tensorrt.build import BuildError
 from mla_deploy.exporters.tensorrt.export import TensorRtOptions, export_tensorrt
+from mla_deploy.families import load_config
 from mla_deploy.quant.quantize import QuantizeOptions, quantize_checkpoint
 from mla_deploy.recipe import LayerRecipe
 from mla_deploy.runtime.tensorrt_device import check_version, engine_for

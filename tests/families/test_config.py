@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mla_deploy.config import load_config
 from mla_deploy.errors import ConfigError
+from mla_deploy.families import load_config
 from mla_deploy.model import count_parameters
 from mla_deploy.rope import softmax_scale
 

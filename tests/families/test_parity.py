@@ -18,7 +18,7 @@ from support.models import (
     transformers_logits,
 )
 
-from mla_deploy.config import load_config
+from mla_deploy.families import load_config
 from mla_deploy.model import count_parameters, forward_window, load_model, set_attention_mode
 
 FAMILIES = ["deepseek_v2", "deepseek_v3"]

@@ -12,8 +12,8 @@ from support.models import relative_error
 
 from mla_deploy.cache import cache_record
 from mla_deploy.checkpoint import Checkpoint
-from mla_deploy.config import load_config
 from mla_deploy.errors import UsageError
+from mla_deploy.families import load_config
 from mla_deploy.model import forward_window, load_model
 from mla_deploy.quant import quantize as quantize_module
 from mla_deploy.quant.calibrate import calibrate

@@ -18,9 +18,9 @@ from support.sources import byte_tokenizer, random_source, random_text
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.checkpoint import Checkpoint
-from mla_deploy.config import load_config
 from mla_deploy.errors import CheckpointError, ConfigError, OutputError, UsageError
 from mla_deploy.exporters.onnx import export_onnx
+from mla_deploy.families import load_config
 from mla_deploy.model import build, forward_window, load_model
 from mla_deploy.modules.base import checkpoint_shapes
 from mla_deploy.quant.compress.convert import convert_checkpoint

@@ -12,8 +12,8 @@ from support.models import VOCAB, relative_error, save_checkpoint, transformers_
 from support.sources import CLASSES, ROPES, byte_tokenizer, random_source
 
 from mla_deploy.bundle import Bundle
-from mla_deploy.config import load_config
 from mla_deploy.exporters.onnx import export_onnx
+from mla_deploy.families import load_config
 from mla_deploy.model import forward_window, load_model, set_attention_mode
 from mla_deploy.quant.compress.convert import convert_checkpoint
 from mla_deploy.quant.compress.options import ConvertOptions

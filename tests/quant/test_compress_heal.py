@@ -11,8 +11,8 @@ import torch
 from support.models import VOCAB, relative_error, save_checkpoint
 from support.sources import byte_tokenizer, random_source, random_text
 
-from mla_deploy.config import load_config
 from mla_deploy.errors import UsageError
+from mla_deploy.families import load_config
 from mla_deploy.model import forward_window, load_model
 from mla_deploy.quant.compress.calibration import generate
 from mla_deploy.quant.compress.convert import convert_checkpoint

@@ -11,8 +11,8 @@ import torch
 from support.models import random_model, relative_error, save_checkpoint
 
 from mla_deploy.checkpoint import Checkpoint
-from mla_deploy.config import load_config
 from mla_deploy.errors import ConfigError, UsageError
+from mla_deploy.families import load_config
 from mla_deploy.model import forward_window, load_model
 from mla_deploy.quant.calibrate import calibrate
 from mla_deploy.quant.calibration_text import CalibrationText

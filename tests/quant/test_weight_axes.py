@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mla_deploy.checkpoint import Checkpoint
-from mla_deploy.config import load_config
+from mla_deploy.families import load_config
 from mla_deploy.model import build, load_model
 from mla_deploy.modules.decoder import DecoderLayer
 from mla_deploy.quant.calibration_text import CalibrationText

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from mla_deploy.checkpoint import Checkpoint
-from mla_deploy.config import MlaConfig, load_config
+from mla_deploy.config import MlaConfig
 from mla_deploy.errors import UsageError
+from mla_deploy.families import load_config
 from mla_deploy.model import forward_window, load_model
 from mla_deploy.modules.decoder import Decoder
 from mla_deploy.modules.linear import Linear

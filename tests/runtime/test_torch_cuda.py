@@ -14,8 +14,8 @@ from support.models import random_model, save_checkpoint
 
 from mla_deploy import ops
 from mla_deploy.checkpoint import Checkpoint
-from mla_deploy.config import load_config
 from mla_deploy.errors import CheckpointError
+from mla_deploy.families import load_config
 from mla_deploy.model import build, forward_window, load_model
 from mla_deploy.ops import attention
 from mla_deploy.runtime import cuda, torch_cuda
