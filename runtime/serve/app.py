@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from mla_deploy.errors import MlaError, SessionError, UsageError
 from mla_deploy.runtime.engine import Engine
+from mla_deploy.runtime.serve import http
 from mla_deploy.runtime.serve.answers import Answer, ChatAnswer, CompletionAnswer, usage
 from mla_deploy.runtime.serve.errors import ApiError, in_one_line
 from mla_deploy.runtime.serve.http import EventStream, Inbox, read_body, while_connected
@@ -229,12 +230,14 @@ async def _whole(
 
 async def _events(
     answer: Answer, inbox: Inbox, prompt_tokens: int, with_usage: bool
-) -> AsyncIterator[dict[str, Any] | str]:
+) -> AsyncIterator[dict[str, Any] | str | None]:
     first = answer.first()
     if first is not None:
         yield first
     piece, made = Piece(), 0
     while not piece.is_last:
+        while not await inbox.filled(http.SILENT_SECONDS):
+            yield None
         piece = await inbox.take()
         made += piece.tokens
         if piece.error is not None:

@@ -16,6 +16,9 @@ from mla_deploy.runtime.serve.job import Job, Piece
 
 MOST_BODY_BYTES = 4 << 20
 BODY_SECONDS = 30
+SILENT_SECONDS = 15
+"""After which a stream says that it is still there: clients and proxies give up on a silent one,
+and a long prompt takes minutes on a small machine."""
 
 Result = TypeVar("Result")
 
@@ -57,6 +60,14 @@ class Inbox:
         self._pieces.append(piece)
         self._filled.set()
 
+    async def filled(self, seconds: float) -> bool:
+        """Wait for a piece; False: none came in time."""
+        try:
+            await asyncio.wait_for(self._filled.wait(), seconds)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
     async def take(self) -> Piece:
         """All that has come since the last time, as one piece: a slow client gets larger ones."""
         await self._filled.wait()
@@ -89,9 +100,12 @@ async def _left(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events; the job that they tell of is cancelled if the client leaves."""
+    """Server-sent events; the job that they tell of is cancelled if the client leaves.
 
-    def __init__(self, events: AsyncIterator[dict[str, Any] | str], job: Job) -> None:
+    None stands for a comment, which clients skip.
+    """
+
+    def __init__(self, events: AsyncIterator[dict[str, Any] | str | None], job: Job) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
         self._events = events
@@ -107,9 +121,9 @@ class EventStream(Response):
         head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(head)
         async for event in self._events:
-            text = event if isinstance(event, str) else as_json(event)
-            body = f"data: {text}\n\n".encode()
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+            text = as_json(event) if isinstance(event, dict) else event
+            body = ":\n\n" if text is None else f"data: {text}\n\n"
+            await send({"type": "http.response.body", "body": body.encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

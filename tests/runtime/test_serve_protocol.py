@@ -15,6 +15,7 @@ from support.serving import Gate, Running, serving, until
 
 from mla_deploy.bundle import Manifest, describe_file, write_manifest
 from mla_deploy.runtime import Engine, GenerationOptions, load
+from mla_deploy.runtime.serve import http
 
 if TYPE_CHECKING:
     from tests.runtime.conftest import Toy
@@ -295,6 +296,27 @@ def test_a_client_that_leaves_a_stream_frees_its_pages(scripted: Scripted) -> No
         _free_after_cancel(engine, gate)
         gate.open()
         assert running.complete(prompt=PROMPT).json()["usage"]["completion_tokens"] == 16
+
+
+def test_a_stream_says_that_it_is_there_while_its_prompt_is_computed(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "SILENT_SECONDS", 0.01)
+    engine = scripted(5, [65, 66, 67])
+    gate = Gate(engine)
+    body = {"prompt": PROMPT, "max_tokens": 3, "temperature": 0, "stream": True}
+    with serving(engine) as running:
+        with running.http.stream("POST", "/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            assert [next(lines) for _ in range(4)] == [":", "", ":", ""]
+            gate.open()
+            events = [line for line in lines if line.startswith("data: ")]
+        assert events[-1] == "data: [DONE]"
+        # The client of the protocol does not see them.
+        made = running.client.completions.create(
+            model="toy", prompt=PROMPT, max_tokens=3, temperature=0, stream=True
+        )
+        assert "".join(chunk.choices[0].text for chunk in made) == "ABC"
 
 
 def test_a_client_that_leaves_before_a_whole_answer_frees_its_pages(scripted: Scripted) -> None:
