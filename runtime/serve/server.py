@@ -138,8 +138,9 @@ class Server:
         if threading.current_thread() is not threading.main_thread():
             self._uvicorn.run([self._socket])
             return
-        # uvicorn raises the signal that ended it once more, for whoever was there before.
-        before = signal.signal(signal.SIGTERM, lambda *_: None)
+        # For a signal that comes before uvicorn looks for it; and uvicorn raises the one that ended
+        # it once more, for whoever was there before.
+        before = signal.signal(signal.SIGTERM, lambda *_: self.stop())
         try:
             self._uvicorn.run([self._socket])
         finally:

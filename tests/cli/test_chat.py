@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -217,26 +218,43 @@ class Terminal:
         self.shown = ""
 
     def type(self, text: str) -> None:
+        """At the prompt, or the terminal may not be set to give Ctrl-D on yet."""
         os.write(self._fd, text.encode())
+
+    def leave_line(self, shown: str) -> None:
+        """Press Ctrl-C while a line is typed. One that comes just before readline waits for the
+        next key is seen with the next one."""
+        for _ in range(60):
+            self.type("\x03")
+            if self._comes(shown, seconds=2):
+                return
+        raise AssertionError(self.shown)
 
     def wait_for(self, text: str) -> None:
         """Read until that is shown, after what was waited for before."""
-        until = time.monotonic() + 120
+        assert self._comes(text, seconds=120), self.shown
+
+    def _comes(self, text: str, seconds: float) -> bool:
+        until = time.monotonic() + seconds
         while (found := self.shown.find(text, self._seen)) < 0:
-            assert time.monotonic() < until, self.shown
-            if select.select([self._fd], [], [], 1)[0]:
+            if time.monotonic() > until:
+                return False
+            if select.select([self._fd], [], [], 0.1)[0]:
                 self.shown += os.read(self._fd, 1 << 16).decode(errors="replace")
         self._seen = found + len(text)
+        return True
 
     def finish(self) -> int:
         """The exit status."""
         try:
-            while read := os.read(self._fd, 1 << 16):
-                self.shown += read.decode(errors="replace")
-        except OSError:  # as Linux says that the other side is closed
-            pass
-        os.close(self._fd)
-        return self._process.wait(timeout=120)
+            status = self._process.wait(timeout=120)
+            with contextlib.suppress(OSError):  # as Linux says that the other side is closed
+                while select.select([self._fd], [], [], 0)[0]:
+                    self.shown += os.read(self._fd, 1 << 16).decode(errors="replace")
+            return status
+        finally:
+            self._process.kill()
+            os.close(self._fd)
 
 
 def test_control_c_stops_the_answer_and_not_the_program(talker: Path) -> None:
@@ -250,13 +268,14 @@ def test_control_c_stops_the_answer_and_not_the_program(talker: Path) -> None:
     terminal.wait_for("> ")
     terminal.type("half a line")
     terminal.wait_for("half a line")
-    terminal.type("\x03")
-    terminal.wait_for("\n(Ctrl-D or /exit ends)")
+    terminal.leave_line("\n(Ctrl-D or /exit ends)")
     terminal.wait_for("> ")
     terminal.type("/nothing\n")
     terminal.wait_for("no such command")
+    terminal.wait_for("> ")
     terminal.type("/stats\n")
     terminal.wait_for("turns")
+    terminal.wait_for("> ")
     terminal.type("\x04")
     assert terminal.finish() == 0
     assert "Traceback" not in terminal.shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib.util
+import signal
 import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -127,3 +128,20 @@ def test_a_server_that_has_ended_leaves_its_port(toy: Toy) -> None:
         again.listen()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
+
+
+def test_a_server_that_is_told_to_end_before_it_listens_ends(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bind("127.0.0.1", 0) as bound:
+        server = Server(toy.load(), bound, ServerOptions())
+        run = server._uvicorn.run
+
+        def told(sockets: Any) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            run(sockets)
+
+        monkeypatch.setattr(server._uvicorn, "run", told)
+        before = signal.getsignal(signal.SIGTERM)
+        server.run()
+        assert signal.getsignal(signal.SIGTERM) is before
