@@ -6,11 +6,12 @@ import concurrent.futures
 import importlib.util
 import signal
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
-from support.serving import Gate, serving, until
+from support.serving import PATIENCE, Gate, serving, until
 
 from mla_deploy.errors import TokenizerError, UsageError
 from mla_deploy.runtime import Engine
@@ -143,5 +144,9 @@ def test_a_server_that_is_told_to_end_before_it_listens_ends(
 
         monkeypatch.setattr(server._uvicorn, "run", told)
         before = signal.getsignal(signal.SIGTERM)
+        rescue = threading.Timer(PATIENCE, server.stop)
+        rescue.start()
         server.run()
+        assert rescue.is_alive()
+        rescue.cancel()
         assert signal.getsignal(signal.SIGTERM) is before
