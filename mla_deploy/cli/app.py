@@ -105,9 +105,12 @@ def main() -> None:
     """Make models with multi-head latent attention small, and run them.
 
     \b
-    The usual way of a model (convert: if its attention is not latent yet):
+    The usual way of a model:
+      mla-deploy build MODEL -o BUNDLE
+      mla-deploy run BUNDLE "Once upon a time"
+    \b
+    Step by step (convert: if its attention is not latent yet):
       mla-deploy convert SOURCE -o MODEL --target-ratio 0.25 --calibration TEXT
       mla-deploy quantize MODEL -o SMALL --kv int4 --weights int4
       mla-deploy export SMALL -o BUNDLE --to onnx
-      mla-deploy run BUNDLE "Once upon a time"
     """
