@@ -108,6 +108,7 @@ def main() -> None:
     The usual way of a model:
       mla-deploy build MODEL -o BUNDLE
       mla-deploy run BUNDLE "Once upon a time"
+
     \b
     Step by step (convert: if its attention is not latent yet):
       mla-deploy convert SOURCE -o MODEL --target-ratio 0.25 --calibration TEXT
