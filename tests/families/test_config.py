@@ -118,6 +118,7 @@ def test_an_unknown_key_is_named(tiny_mla: Path, tmp_path: Path) -> None:
         ({"rope_parameters": longrope(long_factor=[1.0] * 15)}, "long_factor is not such a list"),
         ({"rope_parameters": longrope(short_factor=[0.0] * 16)}, "short_factor is not such a list"),
         ({"rope_parameters": longrope(short_factor=[True] * 16)}, "short_factor is not such"),
+        ({"rope_parameters": longrope(long_factor=[float("inf")] * 16)}, "long_factor is not such"),
         ({"rope_parameters": longrope(short_factor=2.0)}, "short_factor has the wrong type"),
         ({"rope_parameters": longrope(attention_factor=float("nan"))}, "attention_factor must be"),
         ({"rope_parameters": longrope(beta_fast=32)}, "rope scaling has keys"),
