@@ -12,6 +12,7 @@ but the cache is rounded. Norms and routers are float32.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from pathlib import Path
 
@@ -69,6 +70,9 @@ def keys(writer: gguf.GGUFWriter, config: MlaConfig) -> None:
 def _minicpm3_keys(writer: gguf.GGUFWriter, config: MlaConfig) -> None:
     """llama.cpp knows scale_emb, scale_depth and dim_model_base by heart: 12, 1.4 and 256."""
     branch = 1.4 / config.num_hidden_layers**0.5
+    scales = config.embedding_scale * branch, config.logit_scale * config.hidden_size
+    if not all(map(math.isclose, scales, (12, 256))):
+        raise SystemExit("llama.cpp computes with other scales than this minicpm3 has")
     writer.add_layer_norm_rms_eps(config.rms_norm_eps * branch**2)
     writer.add_head_count_kv(config.num_attention_heads)
     writer.add_key_length(config.qk_nope_head_dim + config.qk_rope_head_dim)

@@ -33,9 +33,12 @@ NEUTRAL_KEYS = frozenset(
 class ConfigReader:
     """Hands out the keys of a config.json and remembers which were read."""
 
-    def __init__(self, raw: Mapping[str, Any], origin: str) -> None:
+    def __init__(
+        self, raw: Mapping[str, Any], origin: str, *, neutral: frozenset[str] = NEUTRAL_KEYS
+    ) -> None:
+        """neutral: keys that nobody has to read."""
         self._raw = dict(raw)
-        self._left = set(raw) - NEUTRAL_KEYS
+        self._left = set(raw) - neutral
         self.origin = origin
 
     def integer(self, key: str, default: int | None = None) -> int:

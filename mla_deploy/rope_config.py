@@ -43,45 +43,31 @@ class RopeConfig:
     says anything."""
 
 
-_ROPE_KEYS = {
-    "default": {"rope_theta"},
-    "yarn": {
-        "rope_theta", "factor", "original_max_position_embeddings",
-        "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-    },
-    "longrope": {
-        "rope_theta", "factor", "original_max_position_embeddings",
-        "short_factor", "long_factor", "attention_factor",
-    },
-}  # fmt: skip
-"""The keys of each rope scaling."""
+KINDS = ("default", "yarn", "longrope")
 
 
 def read_rope(keys: ConfigReader) -> RopeConfig:
     """`rope_parameters`, or the older `rope_theta` with `rope_scaling`."""
-    scaling = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
+    raw = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
     keys.get("rope_scaling")
-    theta = scaling.get("rope_theta", keys.get("rope_theta"))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in _ROPE_KEYS:
+    origin = f"{keys.origin}, rope scaling"
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{origin} has the wrong type", found=raw, allowed="an object, or null")
+    nested = ConfigReader(raw, origin, neutral=frozenset({"rope_type", "type"}))
+    kind = raw.get("rope_type", raw.get("type", "default"))
+    if kind not in KINDS:
         raise ConfigError(
             f"{keys.origin}: this rope scaling is not supported",
             found=kind,
-            allowed=", ".join(_ROPE_KEYS),
+            allowed=", ".join(KINDS),
         )
-    known = _ROPE_KEYS[kind] | {"rope_type", "type"}
-    if unknown := sorted(set(scaling) - known):
-        raise ConfigError(
-            f"{keys.origin}: the rope scaling has keys that are not known",
-            found=", ".join(unknown),
-            allowed=", ".join(sorted(known)),
-        )
-    nested = ConfigReader(scaling, f"{keys.origin}, rope scaling")
-    return RopeConfig(
-        theta=float(10000.0 if theta is None else theta),
+    rope = RopeConfig(
+        theta=nested.positive("rope_theta", keys.positive("rope_theta", 10000.0)),
         yarn=_read_yarn(nested) if kind == "yarn" else None,
         longrope=_read_longrope(nested, keys) if kind == "longrope" else None,
     )
+    nested.finish()
+    return rope
 
 
 def _read_yarn(nested: ConfigReader) -> YarnScaling:

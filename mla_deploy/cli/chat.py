@@ -11,13 +11,8 @@ import click
 
 from mla_deploy.cli import table
 from mla_deploy.cli.interrupts import ControlC
-from mla_deploy.cli.options import (
-    PATH,
-    device_option,
-    generation_options,
-    kernels_option,
-    threads_option,
-)
+from mla_deploy.cli.loading import load_engine
+from mla_deploy.cli.options import PATH, engine_options, generation_options
 from mla_deploy.cli.reporter import Reporter, reporting
 from mla_deploy.cli.turns import is_interactive, read_turns
 from mla_deploy.errors import MlaError, SessionError, UsageError
@@ -42,9 +37,7 @@ Text of several lines: a \\ at the end of a line, or \"\"\" before and after it;
 @click.argument("bundle", type=PATH)
 @click.option("--system", metavar="TEXT", help="What the model is told before the first turn.")
 @generation_options(max_tokens=1024)
-@threads_option
-@kernels_option
-@device_option
+@engine_options
 @reporting
 def command(
     reporter: Reporter,
@@ -61,11 +54,10 @@ def command(
     /help shows what else can be said. Where standard input is not a terminal, each of its lines is
     a turn, and the first error ends the conversation.
     """
-    from mla_deploy.runtime import Conversation, GenerationOptions, load
+    from mla_deploy.runtime import Conversation, GenerationOptions
 
     options = GenerationOptions(**generation_choices)
-    engine = load(bundle, threads=threads, kernels=kernels or "auto", device=device)
-    reporter.kernels(engine.kernels, kernels)
+    engine = load_engine(reporter, bundle, threads=threads, kernels=kernels, device=device)
     with Conversation(engine, options, system=system) as conversation:
         chat = Chat(reporter, conversation)
         if is_interactive() and not reporter.json:

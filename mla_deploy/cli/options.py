@@ -66,6 +66,13 @@ device_option = click.option(
     help="cpu, or cuda: the first GPU. It must be what the bundle was exported for, and is that "
     "where it is not given.",
 )
+
+
+def engine_options(function: Function) -> Function:
+    """What a user chooses about the engine of a bundle: `threads`, `kernels`, `device`."""
+    return threads_option(kernels_option(device_option(function)))
+
+
 output_option = click.option("-o", "--output", type=PATH, required=True, help="Folder to write.")
 force_option = click.option(
     "--force", is_flag=True, help="Replace the output folder if it is there already."

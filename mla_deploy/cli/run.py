@@ -8,13 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mla_deploy.cli.options import (
-    PATH,
-    device_option,
-    generation_options,
-    kernels_option,
-    threads_option,
-)
+from mla_deploy.cli.loading import load_engine
+from mla_deploy.cli.options import PATH, engine_options, generation_options
 from mla_deploy.cli.reporter import Reporter, reporting
 
 if TYPE_CHECKING:
@@ -26,9 +21,7 @@ if TYPE_CHECKING:
 @click.argument("prompt")
 @generation_options(max_tokens=256)
 @click.option("--chat", is_flag=True, help="Take the prompt as a user's turn of a conversation.")
-@threads_option
-@kernels_option
-@device_option
+@engine_options
 @reporting
 def command(
     reporter: Reporter,
@@ -46,13 +39,12 @@ def command(
     The text comes on standard output as it is made, the figures on standard error.
     """
     from mla_deploy.evaluate.text import decode_text
-    from mla_deploy.runtime import GenerationOptions, load
+    from mla_deploy.runtime import GenerationOptions
 
     options = GenerationOptions(**generation_choices)
     if prompt == "-":
         prompt = decode_text(sys.stdin.buffer.read(), "standard input")
-    engine = load(bundle, threads=threads, kernels=kernels or "auto", device=device)
-    reporter.kernels(engine.kernels, kernels)
+    engine = load_engine(reporter, bundle, threads=threads, kernels=kernels, device=device)
     asked = engine.tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else prompt
     with engine.stream(asked, options) as generation:
         for event in generation:

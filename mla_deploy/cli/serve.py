@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from mla_deploy.cli.options import PATH, device_option, kernels_option, threads_option
+from mla_deploy.cli.loading import load_engine
+from mla_deploy.cli.options import PATH, engine_options
 from mla_deploy.cli.reporter import Reporter, reporting
 
 
@@ -39,9 +40,7 @@ from mla_deploy.cli.reporter import Reporter, reporting
     type=click.IntRange(min=1),
     help="Tokens that the cache holds, of all requests together. Default: the model's context.",
 )
-@threads_option
-@kernels_option
-@device_option
+@engine_options
 @reporting
 def command(
     reporter: Reporter,
@@ -61,16 +60,19 @@ def command(
     At /v1/completions and /v1/chat/completions, until Ctrl-C. With --json the object is printed
     when the server is about to listen.
     """
-    from mla_deploy.runtime import load
     from mla_deploy.runtime.serve.server import Server, ServerOptions, bind, require_extra
 
     require_extra()
     options = ServerOptions(model_name=model_name, parallel=parallel, api_key=api_key)
     with bind(host, port) as bound:
-        engine = load(
-            bundle, max_tokens=max_tokens, threads=threads, kernels=kernels or "auto", device=device
+        engine = load_engine(
+            reporter,
+            bundle,
+            max_tokens=max_tokens,
+            threads=threads,
+            kernels=kernels,
+            device=device,
         )
-        reporter.kernels(engine.kernels, kernels)
         server = Server(engine, bound, options)
         for warning in server.warnings:
             reporter.note(f"warning: {warning}")
