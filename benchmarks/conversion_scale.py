@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from mla_deploy.checkpoint import ShardWriter
 from mla_deploy.quant.compress.source import read_source_config, source_shapes
+from mla_deploy.shards import ShardWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {

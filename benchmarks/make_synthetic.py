@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from mla_deploy.checkpoint import ShardWriter
 from mla_deploy.families import load_config
 from mla_deploy.model import build
 from mla_deploy.modules.base import checkpoint_shapes
+from mla_deploy.shards import ShardWriter
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "examples" / "models" / "tiny-mla"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")

@@ -22,7 +22,6 @@ import torch
 from make_synthetic import TOKENIZER, TOKENIZER_FILES, config_json
 
 from mla_deploy.bundle import Bundle
-from mla_deploy.checkpoint import ShardWriter
 from mla_deploy.exporters.tensorrt.build import build_engine
 from mla_deploy.exporters.tensorrt.capability import capability
 from mla_deploy.exporters.tensorrt.export import TensorRtOptions, export_tensorrt
@@ -31,6 +30,7 @@ from mla_deploy.model import build
 from mla_deploy.modules.base import parameter_sources
 from mla_deploy.quant.options import QuantizeOptions, recipe_for
 from mla_deploy.quant.quantize import quantize_checkpoint
+from mla_deploy.shards import ShardWriter
 
 OPTIONS = QuantizeOptions(kv_first="int4")
 """One record in all layers: a few layers stand for many."""

@@ -160,7 +160,7 @@ class _Run:
     def check_room(self) -> None:
         """Raise an error now where the next steps would find too little disk or memory."""
         if self.steps["convert"] == "done":
-            self._check_space(sum(info.bytes for info in Source(self.source).tensors.values()))
+            self._check_space(Source(self.source).plain_bytes)
         elif self.steps["quantize"] == "done":
             self._check_room_of(self.source if self.plan.convert is None else self.converted)
 

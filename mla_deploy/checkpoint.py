@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints: safetensors, one file or many, tensor by tensor.
+"""Reading checkpoints: safetensors, one file or many, tensor by tensor.
 
 Nothing here ever holds more than a few tensors: reading opens a file anew after every
 `_REOPEN_BYTES`, because pages of a mapped file count as the process's memory until it is unmapped.
@@ -7,37 +7,36 @@ Nothing here ever holds more than a few tensors: reading opens a file anew after
 from __future__ import annotations
 
 import json
-import os
+import math
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mla_deploy.block_scales import (
+    METHOD,
+    SCALE_SUFFIX,
+    SourceQuantization,
+    scaled,
+    scales_shape,
+)
 from mla_deploy.config import MlaConfig
 from mla_deploy.config_reader import read_json_object
 from mla_deploy.errors import CheckpointError
 from mla_deploy.families import load_config
-from mla_deploy.output import writing
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _REOPEN_BYTES = 64 << 20
-_SHARD_BYTES = 128 << 20
 _MAX_HEADER_BYTES = 100 << 20
 _CHECK_VALUES = 1 << 20
-_FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
-_BYTE_TYPES = {"U8"}
-_TYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.uint8: "U8",
-}
+_FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_ITEM_BYTES = {**_FLOAT_BYTES, "U8": 1}
+_FLOAT8 = "F8_E4M3"
 
 
 @dataclass(frozen=True)
@@ -46,29 +45,44 @@ class TensorInfo:
 
     file: Path
     dtype: str
-    """As safetensors spells it: F32, BF16, U8, ..."""
+    """What it is read in, as safetensors spells it: F32, BF16, U8, ..."""
     shape: tuple[int, ...]
     bytes: int
+    """In the file."""
+
+    @property
+    def read_bytes(self) -> int:
+        """Once read."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
 class TensorFolder:
-    """A folder with safetensors.
+    """A folder with safetensors. Matrices of float8 with scales are read in float32.
+
+    Args:
+        quantization: what config.json says of weights that another tool quantised.
 
     Raises (on opening):
-        CheckpointError: no weights, a missing shard, or a file that is no safetensors.
+        CheckpointError: no weights, a missing shard, a file that is no safetensors, or a float8
+            matrix whose scales are missing or of another shape.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, quantization: SourceQuantization | None = None) -> None:
         self.path = Path(path)
         self.tensors: dict[str, TensorInfo] = {}
         for file in _weight_files(self.path):
-            self.tensors.update(_read_header(file))
+            self.tensors.update(read_header(file))
+        self.scales: dict[str, TensorInfo] = {}
+        """Of float8 matrices, by the matrix' name."""
+        self._block = None if quantization is None else quantization.block
+        if self._block is not None:
+            self._pair_scales()
         self._open_file: Any = None
         self._open_path: Path | None = None
         self._bytes_since_open = 0
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """One tensor, in the type it is stored in.
+        """One tensor, in the type it is stored in, or float32 where that is float8.
 
         Args:
             name: as in the file.
@@ -80,6 +94,10 @@ class TensorFolder:
         """
         info = self.info(name, shape)
         tensor: torch.Tensor = self._file_of(info).get_tensor(name)
+        if name in self.scales:
+            assert self._block is not None
+            scales = self._file_of(self.scales[name]).get_tensor(name + SCALE_SUFFIX)
+            tensor = scaled(tensor, scales, self._block)
         if tensor.is_floating_point() and not _is_finite(tensor):
             raise CheckpointError(
                 f"{info.file}: the tensor {name} holds values that are not finite",
@@ -104,11 +122,11 @@ class TensorFolder:
                 allowed=list(shape),
                 hint="check that config.json belongs to these weights",
             )
-        if info.dtype not in _FLOAT_TYPES | _BYTE_TYPES:
+        if info.dtype not in _ITEM_BYTES:
             raise CheckpointError(
                 f"{info.file}: the tensor {name} has a type that is not supported",
                 found=info.dtype,
-                allowed=", ".join(sorted(_FLOAT_TYPES | _BYTE_TYPES)),
+                allowed=", ".join(sorted(_ITEM_BYTES)),
             )
         return info
 
@@ -116,6 +134,31 @@ class TensorFolder:
         """Compare the headers with what a model needs; raises as `read` does."""
         for name, shape in shapes.items():
             self.info(name, shape)
+
+    def _pair_scales(self) -> None:
+        """Take the scales of float8 matrices out of `tensors`."""
+        assert self._block is not None
+        for name in [name for name in self.tensors if name.endswith(SCALE_SUFFIX)]:
+            scales = self.tensors.pop(name)
+            base = name.removesuffix(SCALE_SUFFIX)
+            matrix = self.tensors.get(base)
+            if matrix is None or matrix.dtype != _FLOAT8 or len(matrix.shape) != 2:
+                raise CheckpointError(
+                    f"{scales.file}: {name} is no scale of a float8 matrix",
+                    found="no such matrix" if matrix is None else f"{matrix.dtype} {matrix.shape}",
+                    hint="get the checkpoint again",
+                )
+            wanted = scales_shape(matrix.shape, self._block)
+            if scales.shape != wanted or scales.dtype not in _FLOAT_BYTES:
+                raise CheckpointError(
+                    f"{scales.file}: the scales {name} cannot be used",
+                    found=f"{scales.dtype} {list(scales.shape)}",
+                    allowed=f"{', '.join(sorted(_FLOAT_BYTES))}, {list(wanted)}",
+                    hint="check that config.json belongs to these weights",
+                )
+            size = matrix.bytes + scales.bytes
+            self.tensors[base] = replace(matrix, dtype="F32", bytes=size)
+            self.scales[base] = scales
 
     def _file_of(self, info: TensorInfo) -> Any:
         if self._open_path != info.file or self._bytes_since_open > _REOPEN_BYTES:
@@ -135,123 +178,27 @@ class Checkpoint(TensorFolder):
         CheckpointError: no weights, a missing shard, or a file that is no safetensors.
     """
 
-    readable_quantization: ClassVar[frozenset[str | None]] = frozenset({None})
+    readable_quantization: ClassVar[str] = METHOD
     """Whose quantised weights this class can read: `quant_method` in config.json."""
 
     def __init__(self, path: Path | str) -> None:
         self.config: MlaConfig = load_config(path)
-        if self.config.source_quantization not in self.readable_quantization:
-            refuse_quantized(self.config.source_quantization, path)
-        super().__init__(path)
+        quantization = self.config.source_quantization
+        refuse_quantized(quantization, path, self.readable_quantization)
+        super().__init__(path, quantization)
 
 
-def refuse_quantized(method: str | None, path: Path | str) -> None:
-    """Raise CheckpointError if config.json names a method by which the weights were quantised."""
-    if method is not None:
+def refuse_quantized(
+    quantization: SourceQuantization | None, path: Path | str, readable: str = METHOD
+) -> None:
+    """Raise CheckpointError if the weights were quantised by another method than the readable."""
+    if quantization is not None and quantization.method != readable:
         raise CheckpointError(
             f"{path} holds weights that another tool quantised",
-            found=method,
-            allowed="float16, bfloat16 or float32 weights",
+            found=quantization.method,
+            allowed="float16, bfloat16 or float32 weights, or float8 (e4m3) with scales of blocks",
             hint="take the unquantised checkpoint",
         )
-
-
-class ShardWriter:
-    """Writes tensors into numbered safetensors files of about `_SHARD_BYTES`, and their index.
-
-    A shard appears under its name only when it is whole. Shards that an earlier, interrupted run
-    left behind are kept: `is_done` says which tensors need no work. The same tensors in the same
-    order give the same files, however often the work was interrupted.
-
-    Raises:
-        OutputError: the disk is full, or the folder cannot be written.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._weight_map: dict[str, str] = {}
-        self._total_bytes = 0
-        for leftover in folder.glob(".model-*.tmp"):
-            leftover.unlink()
-        for file in sorted(folder.glob("model-*.safetensors")):
-            for name, info in _read_header(file).items():
-                self._weight_map[name] = file.name
-                self._total_bytes += info.bytes
-        self._shards = len(set(self._weight_map.values()))
-
-    @property
-    def done_bytes(self) -> int:
-        """Bytes of the tensors in finished shards."""
-        return self._total_bytes
-
-    def is_done(self, name: str) -> bool:
-        """Whether the tensor is in a finished shard."""
-        return name in self._weight_map
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a tensor; writes a shard when enough have come together."""
-        self.add_all({name: tensor})
-
-    def add_all(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take tensors that belong together: they land in the same shard, so either all are done
-        or none is."""
-        for name, tensor in tensors.items():
-            self._pending[name] = tensor.contiguous()
-            self._pending_bytes += tensor.nbytes
-        if self._pending_bytes >= _SHARD_BYTES:
-            self.flush()
-
-    def finish(self) -> None:
-        """Write what is left, and the index."""
-        self.flush()
-        index = {
-            "metadata": {"total_size": self._total_bytes},
-            "weight_map": dict(sorted(self._weight_map.items())),
-        }
-        with writing(self._folder):
-            text = json.dumps(index, indent=1) + "\n"
-            (self._folder / INDEX_FILE).write_text(text, encoding="utf-8")
-
-    def flush(self) -> None:
-        """Write the tensors taken so far into a shard, however small."""
-        if not self._pending:
-            return
-        self._shards += 1
-        name = f"model-{self._shards:05d}.safetensors"
-        temporary = self._folder / f".{name}.tmp"
-        with writing(self._folder):
-            _save(self._pending, temporary)
-            temporary.rename(self._folder / name)
-        self._weight_map.update(dict.fromkeys(self._pending, name))
-        self._total_bytes += self._pending_bytes
-        self._pending.clear()
-        self._pending_bytes = 0
-
-
-def _save(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Write a safetensors file straight from the tensors' memory.
-
-    The library's own writer makes a copy of everything first. As there, large elements come first,
-    so that every tensor is aligned.
-    """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in ordered:
-        end = offset + tensor.nbytes
-        dtype = _TYPE_NAMES[tensor.dtype]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as handle:
-        handle.write(struct.pack("<Q", len(text)) + text)
-        for _, tensor in ordered:
-            handle.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        handle.flush()
-        os.fsync(handle.fileno())
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -297,8 +244,12 @@ def _weight_files(folder: Path) -> Iterator[Path]:
         yield shard
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
-    """Names, types and shapes, after checking that the file is whole."""
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Names, types and shapes in a safetensors file, after checking that it is whole.
+
+    Raises:
+        CheckpointError: it is not.
+    """
     try:
         with safe_open(file, framework="pt"):
             pass  # the library checks the header against the file's size

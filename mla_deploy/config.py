@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mla_deploy.block_scales import SourceQuantization, read_quantization
 from mla_deploy.config_reader import ConfigReader, read_token_ids
 from mla_deploy.errors import ConfigError
 from mla_deploy.recipe import RECIPE_KEY, Recipe
@@ -57,8 +58,8 @@ class MlaConfig:
     moe: MoeConfig | None
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    source_quantization: str | None
-    """The `quant_method` of weights that somebody else quantised; they cannot be read yet."""
+    source_quantization: SourceQuantization | None
+    """Of weights that another tool quantised."""
     recipe: Recipe = field(default_factory=Recipe)
     has_latent_norm: bool = True
     """Whether c_kv is normalised before it is cached."""
@@ -132,7 +133,6 @@ def read_common(
     heads = keys.integer("num_attention_heads")
     keys.expect("num_key_value_heads", heads, None)
     keys.expect("hidden_act", "silu")
-    quantization = keys.get("quantization_config")
     return MlaConfig(
         model_type=keys.text("model_type"),
         vocab_size=keys.integer("vocab_size"),
@@ -154,7 +154,7 @@ def read_common(
         moe=moe,
         bos_token_id=keys.optional_integer("bos_token_id"),
         eos_token_ids=read_token_ids(keys.get("eos_token_id")),
-        source_quantization=(quantization or {}).get("quant_method"),
+        source_quantization=read_quantization(keys.get("quantization_config"), keys.origin),
         recipe=Recipe.from_json(keys.get(RECIPE_KEY), keys.origin),
         rope_interleave=rope_interleave,
     )

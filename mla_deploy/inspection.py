@@ -69,7 +69,7 @@ class Inspection:
     """The same for each layer."""
     verified: bool = False
     source_quantization: str | None = None
-    """Who quantised the weights, which then cannot be used as they are."""
+    """The method by which another tool quantised the weights."""
 
     @property
     def mha_bytes_per_token_per_layer(self) -> int:
@@ -158,6 +158,7 @@ def _inspect_config(source: Path, recipes: Mapping[str, RecipeFor], verify: bool
             caches.append(CacheCost(name, None, None))
     recipe = config.recipe
     formats = recipe.cache_formats(config.num_hidden_layers)
+    quantization = config.source_quantization
     is_quantised = recipe != unquantized(config).recipe
     made = [formats_of_layers(config.num_hidden_layers, name) for name in cache_formats()]
     for layers in [formats] if is_quantised else made:
@@ -182,7 +183,7 @@ def _inspect_config(source: Path, recipes: Mapping[str, RecipeFor], verify: bool
         stored_as=joined_formats(formats) if is_quantised else None,
         cache_layers=formats if is_quantised else (),
         verified=verify,
-        source_quantization=config.source_quantization,
+        source_quantization=None if quantization is None else quantization.method,
     )
 
 

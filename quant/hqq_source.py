@@ -58,7 +58,7 @@ class HqqCheckpoint(Checkpoint):
         CheckpointError: a matrix that is not in the form above.
     """
 
-    readable_quantization: ClassVar[frozenset[str | None]] = frozenset({METHOD})
+    readable_quantization: ClassVar[str] = METHOD
 
     def __init__(self, path: Path | str) -> None:
         super().__init__(path)
@@ -180,7 +180,8 @@ def open_source(path: Path | str) -> Checkpoint:
     Raises:
         ConfigError, CheckpointError: as the classes do.
     """
-    is_hqq = load_config(Path(path)).source_quantization == METHOD
+    quantization = load_config(Path(path)).source_quantization
+    is_hqq = quantization is not None and quantization.method == METHOD
     return HqqCheckpoint(path) if is_hqq else Checkpoint(path)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from mla_deploy.checkpoint import Checkpoint
+from mla_deploy.checkpoint import Checkpoint, TensorInfo
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import CheckpointError
 from mla_deploy.model import build, unquantized
@@ -182,7 +183,7 @@ def make_plan(
             transform=transforms.get(source),
             dtype=dtype,
             output_bytes=_output_bytes(full, weight_format if is_quantized else None)
-            or torch.Size(full).numel() * _itemsize(checkpoint, source, dtype),
+            or _plain_bytes(checkpoint.info(source), dtype),
         )
         steps[step.target] = step
     return Plan(tuple(steps.values()), _skipped(checkpoint, expected, config))
@@ -267,11 +268,8 @@ def _output_bytes(shape: tuple[int, ...], weight_format: WeightFormat | None) ->
     return values * weight_format.bits // 8 + values // weight_format.group * (2 + zero_bytes)
 
 
-def _itemsize(checkpoint: Checkpoint, source: str, dtype: torch.dtype | None) -> int:
-    if dtype is not None:
-        return dtype.itemsize
-    info = checkpoint.info(source)
-    return info.bytes // max(1, torch.Size(info.shape).numel())
+def _plain_bytes(info: TensorInfo, dtype: torch.dtype | None) -> int:
+    return info.read_bytes if dtype is None else math.prod(info.shape) * dtype.itemsize
 
 
 def _skipped(

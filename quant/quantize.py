@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import mla_deploy
-from mla_deploy.checkpoint import Checkpoint, ShardWriter
+from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
 from mla_deploy.config_reader import read_json_object
 from mla_deploy.errors import CheckpointError, ConfigError, UsageError
@@ -45,6 +45,7 @@ from mla_deploy.quant.weight_choice import (
 from mla_deploy.quant.weight_loss import Layers
 from mla_deploy.quant.workspace import workspace
 from mla_deploy.recipe import RECIPE_KEY, Recipe
+from mla_deploy.shards import ShardWriter
 
 COMPANIONS = (
     "tokenizer.json",

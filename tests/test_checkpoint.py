@@ -16,15 +16,16 @@ from safetensors.torch import load_file, save_file
 from support.models import random_model, save_checkpoint
 
 import mla_deploy.checkpoint as checkpoint_module
+import mla_deploy.shards as shards_module
 from mla_deploy.checkpoint import (
     INDEX_FILE,
     SINGLE_FILE,
     Checkpoint,
-    ShardWriter,
-    writing,
 )
 from mla_deploy.errors import CheckpointError, ConfigError, MlaError, OutputError
 from mla_deploy.model import load_model
+from mla_deploy.output import writing
+from mla_deploy.shards import ShardWriter
 
 NORM = "model.norm.weight"
 
@@ -48,7 +49,7 @@ def sharded(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     folder = _copied(saved, tmp_path / "sharded")
     tensors = load_file(folder / SINGLE_FILE)
     (folder / SINGLE_FILE).unlink()
-    monkeypatch.setattr(checkpoint_module, "_SHARD_BYTES", 100_000)
+    monkeypatch.setattr(shards_module, "_SHARD_BYTES", 100_000)
     writer = ShardWriter(folder)
     for name, tensor in tensors.items():
         writer.add(name, tensor)
@@ -121,7 +122,7 @@ def test_the_library_reads_what_is_written(count: int, tmp_path: Path) -> None:
 def test_tensors_that_belong_together_share_a_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint_module, "_SHARD_BYTES", 10)
+    monkeypatch.setattr(shards_module, "_SHARD_BYTES", 10)
     writer = ShardWriter(tmp_path)
     for matrix in "ab":
         writer.add_all({f"{matrix}.{part}": torch.zeros(4) for part in ("codes", "scales")})
@@ -133,7 +134,7 @@ def test_tensors_that_belong_together_share_a_shard(
 def test_a_writer_goes_on_after_finished_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint_module, "_SHARD_BYTES", 10)
+    monkeypatch.setattr(shards_module, "_SHARD_BYTES", 10)
     first = ShardWriter(tmp_path)
     first.add("a", torch.zeros(4))
     (tmp_path / ".model-00002.safetensors.tmp").write_bytes(b"cut off")
@@ -267,10 +268,10 @@ def test_no_weights_at_all(single: Path) -> None:
 
 
 def test_weights_that_another_tool_quantised(single: Path) -> None:
-    change_json(single / "config.json", quantization_config={"quant_method": "fp8"})
+    change_json(single / "config.json", quantization_config={"quant_method": "awq"})
     error = error_of(single)
     assert "another tool" in error.what
-    assert error.found == "fp8"
+    assert error.found == "awq"
 
 
 def test_an_unknown_model_type(single: Path) -> None:
@@ -309,7 +310,7 @@ def test_a_failed_write_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.Monk
 
     writer = ShardWriter(tmp_path)
     writer.add("a", torch.zeros(4))
-    monkeypatch.setattr(checkpoint_module.os, "fsync", full)
+    monkeypatch.setattr(shards_module.os, "fsync", full)
     with pytest.raises(OutputError):
         writer.finish()
     assert not list(tmp_path.glob("model-*"))

@@ -14,6 +14,12 @@ from mla_deploy.cli.reporter import Reporter, reporting
 if TYPE_CHECKING:
     from mla_deploy.inspection import CacheCost, Inspection
 
+_QUANTIZED = {
+    "fp8": "The weights are in float8: `quantize`, `convert` and `eval` read them as they are.",
+    "hqq": "The weights are quantised by hqq: `quantize` takes them over.",
+}
+_UNREADABLE = "The weights are quantised by another tool, which cannot be read."
+
 
 @click.command()
 @click.argument("model", type=PATH)
@@ -73,7 +79,7 @@ def _text(found: Inspection, memory: int | None) -> str:
     elif found.verified:
         parts += ["", "The weights are complete and of the right shapes."]
     if found.source_quantization is not None:
-        parts += ["", f"The weights are quantised by {found.source_quantization}: not usable yet."]
+        parts += ["", _QUANTIZED.get(found.source_quantization, _UNREADABLE)]
     return "\n".join(parts)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 import mla_deploy
-from mla_deploy.checkpoint import ShardWriter
 from mla_deploy.config_reader import PROVENANCE_KEY, read_json_object
 from mla_deploy.errors import CheckpointError, ConfigError, UsageError
 from mla_deploy.output import check_output, check_space, writing
@@ -38,6 +37,7 @@ from mla_deploy.quant.compress.source import Source
 from mla_deploy.quant.compress.streams import SourceLayer, Streams, advance, carry, score
 from mla_deploy.quant.quantize import COMPANIONS
 from mla_deploy.quant.workspace import workspace
+from mla_deploy.shards import ShardWriter
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and what is being done."""
@@ -48,7 +48,6 @@ MIN_WINDOW = 16
 _PILOT_TOKENS = 4096
 _PILOT = Steps(gammas=(1.0,))
 """Sizes are compared without trials of the weight between keys and values."""
-_DTYPES = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def convert_checkpoint(
@@ -161,7 +160,7 @@ class _Run:
         self.windows, self.folder, self.progress = windows, folder, progress
         self.sizes = sizes
         self.geometry = sizes[0]
-        self.dtype = _DTYPES[source.info("model.embed_tokens.weight").dtype]
+        self.dtype = source.dtype
         self.layers = self.config.num_hidden_layers
         self.healing = healing
         self.partial = Partial(folder)
@@ -174,7 +173,7 @@ class _Run:
     def all(self) -> ConversionReport:
         """Choose the size, convert the layers, heal, and compare."""
         self.geometry = self._choose_geometry()
-        check_space(self.folder, sum(info.bytes for info in self.source.tensors.values()))
+        check_space(self.folder, self.source.plain_bytes)
         self._copy(_outer_names(self.source))
         self.writer.flush()
         self._step(1, "embedding")
@@ -346,7 +345,7 @@ class _Run:
     def _copy(self, names: list[str]) -> None:
         for name in names:
             if not self.writer.is_done(name):
-                self.writer.add(name, self.source.read(name).clone())
+                self.writer.add(name, self.source.plain(name))
 
     def _write_config(self, reports: list[LayerReport]) -> None:
         provenance = {

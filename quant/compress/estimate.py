@@ -83,7 +83,7 @@ def estimate(path: Path | str, options: ConvertOptions) -> Estimate:
         source=config,
         sizes=tuple(sizes),
         memory_bytes=_FIXED_BYTES + streams + 10 * layer_numbers + moments + 2 * head,
-        output_bytes=sum(info.bytes for info in source.tensors.values()),
+        output_bytes=source.plain_bytes,
         seconds=total / _flops_per_second(),
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mla_deploy.block_scales import read_quantization
 from mla_deploy.checkpoint import TensorFolder, refuse_quantized
 from mla_deploy.config_reader import ConfigReader, read_json_object, read_token_ids
 from mla_deploy.errors import CheckpointError, ConfigError
@@ -24,6 +25,7 @@ _YARN = [
     "mscale_all_dim", "attention_factor", "truncate",
 ]  # fmt: skip
 ROPE_KEYS = {"default": [], "linear": ["factor"], "llama3": _LLAMA3, "yarn": _YARN}
+_DTYPES = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NEUTRAL = ("mask_value", "tokenizer", "max_window_layers", "no_rope_layer_interval")
 """Keys that some files have and that change nothing here."""
 
@@ -101,11 +103,27 @@ class Source(TensorFolder):
     def __init__(self, path: Path | str) -> None:
         folder = Path(path)
         self.raw_config = read_json_object(folder / "config.json")
-        quantization = self.raw_config.get("quantization_config") or {}
-        refuse_quantized(quantization.get("quant_method"), folder)
-        self.config = read_source_config(self.raw_config, str(folder / "config.json"))
-        super().__init__(folder)
+        origin = str(folder / "config.json")
+        quantization = read_quantization(self.raw_config.get("quantization_config"), origin)
+        refuse_quantized(quantization, folder)
+        self.config = read_source_config(self.raw_config, origin)
+        super().__init__(folder, quantization)
         self.check(source_shapes(self.config))
+        self.dtype = _DTYPES[self.info("model.embed_tokens.weight").dtype]
+        """Of what is written anew: the embedding's."""
+
+    def plain(self, name: str) -> torch.Tensor:
+        """A tensor as it is written again: as it is, or in `dtype` where it is in float8."""
+        tensor = self.read(name)
+        return tensor.to(self.dtype) if name in self.scales else tensor.clone()
+
+    @property
+    def plain_bytes(self) -> int:
+        """Of all tensors, as `plain` gives them."""
+        return sum(
+            math.prod(info.shape) * self.dtype.itemsize if name in self.scales else info.bytes
+            for name, info in self.tensors.items()
+        )
 
 
 def read_source_config(raw: Mapping[str, Any], origin: str) -> SourceConfig:

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import mla_deploy.checkpoint as checkpoint_module
 import mla_deploy.quant.workspace as workspace_module
+import mla_deploy.shards as shards_module
 from mla_deploy.checkpoint import SINGLE_FILE, Checkpoint
 from mla_deploy.errors import CheckpointError, ConfigError, MlaError, OutputError, UsageError
 from mla_deploy.model import build, forward_window, load_model
@@ -324,7 +324,7 @@ def test_a_disk_that_fills_up(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint_module.os, "fsync", full)
+    monkeypatch.setattr(shards_module.os, "fsync", full)
     with pytest.raises(OutputError, match="cannot be written") as error:
         quantize_checkpoint(moe_v3, tmp_path / "out")
     assert error.value.found == "No space left on device"
@@ -334,7 +334,7 @@ def test_a_disk_that_fills_up(
 
 KILLED = """
 import os, signal, sys
-import mla_deploy.checkpoint as checkpoint
+import mla_deploy.shards as shards
 from mla_deploy.quant.quantize import quantize_checkpoint
 
 calls = 0
@@ -345,7 +345,7 @@ def progress(done, total, what):
     if calls == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
 
-checkpoint._SHARD_BYTES = 60_000
+shards._SHARD_BYTES = 60_000
 quantize_checkpoint(sys.argv[1], sys.argv[2], None, progress)
 """
 
@@ -354,7 +354,7 @@ quantize_checkpoint(sys.argv[1], sys.argv[2], None, progress)
 def test_a_killed_run_resumes_to_the_same_bytes(
     after: int, moe_v3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint_module, "_SHARD_BYTES", 60_000)
+    monkeypatch.setattr(shards_module, "_SHARD_BYTES", 60_000)
     whole = quantize_checkpoint(moe_v3, tmp_path / "whole")
     out = tmp_path / "out"
     command = [sys.executable, "-c", KILLED, str(moe_v3), str(out), str(after)]
