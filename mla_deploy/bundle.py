@@ -49,6 +49,8 @@ LARGE_FILE_BYTES = 64 << 20
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_PAGE_BYTES = 64 << 20
 """Of one part: 1 MiB a token, where a real one takes less than 4 KiB."""
+PORTABLE_TARGET = "sm80+"
+"""An engine for every GPU of compute capability 8.0 and above."""
 
 
 class _Strict(BaseModel):
@@ -156,8 +158,8 @@ class CudaInfo(_Strict):
 class EngineInfo(_Strict):
     """A TensorRT engine."""
 
-    target: str = Field(pattern="^sm[0-9]{2,3}$")
-    """The GPU it was built for."""
+    target: str = Field(pattern=r"^sm([0-9]{2,3}|80\+)$")
+    """The GPU it was built for, as `sm89`, or `PORTABLE_TARGET`."""
     path: str
     context: str
     """An ONNX model of one EPContext node that names the engine, for ONNX Runtime's providers."""
@@ -200,12 +202,20 @@ class TensorRtInfo(_Strict):
     dtype: Literal["float16", "bfloat16", "float32"]
     """Of activations."""
     profiles: list[ProfileInfo] = Field(min_length=2, max_length=2)
-    """For one token, and for several."""
+    """For up to a chunk of tokens, and for exactly one. In this order, as ONNX Runtime's providers
+    stay with the first."""
     plugin: bool = False
     """Whether the graph has `LatentAttention` as a node, for the plugin, and a cache of pages."""
     engines: list[EngineInfo]
     inputs: list[TensorInfo]
     outputs: list[TensorInfo]
+
+    @field_validator("profiles")
+    @classmethod
+    def _order(cls, profiles: list[ProfileInfo]) -> list[ProfileInfo]:
+        if profiles[1].tokens != (1, 1, 1):
+            raise ValueError("the second profile is not for one token: export the model again")
+        return profiles
 
 
 class Manifest(_Strict):

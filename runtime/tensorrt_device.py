@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mla_deploy.bundle import Bundle, EngineInfo, TensorRtInfo
+from mla_deploy.bundle import PORTABLE_TARGET, Bundle, EngineInfo, TensorRtInfo
 from mla_deploy.errors import BundleError, UsageError
 from mla_deploy.gpu import gpu_target
 from mla_deploy.runtime.tensorrt_cache import Array
@@ -37,9 +39,13 @@ def engine_for(info: TensorRtInfo, path: str, target: str | None) -> EngineInfo:
             found="none",
             hint="export with --to onnx to run on the CPU",
         )
-    for engine in info.engines:
-        if engine.target == target:
-            return engine
+    suitable = [target]
+    if int(target.removeprefix("sm")) >= 80:
+        suitable.append(PORTABLE_TARGET)
+    for name in suitable:
+        for engine in info.engines:
+            if engine.target == name:
+                return engine
     raise BundleError(
         f"{path} has no engine for this GPU",
         found=target,
@@ -78,7 +84,8 @@ def open_engine(bundle: Bundle) -> tuple[CudaDevice, TensorRtExecution]:
     try:
         return device, TensorRtExecution(trt, bundle, entry, device.stream)
     except BaseException:
-        device.close()
+        with suppress(UsageError):  # after a fault of the GPU nothing can be freed either
+            device.close()
         raise
 
 
@@ -103,15 +110,16 @@ class TensorRtExecution:
 
     def __init__(self, trt: Any, bundle: Bundle, entry: EngineInfo, stream: int) -> None:
         self._stream = stream
-        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self._logger = _logger(trt)
+        self._runtime = trt.Runtime(self._logger)
         data = bundle.file(entry.path).read_bytes()
         self._engine = self._runtime.deserialize_cuda_engine(data)
         self._context: Any = self._engine and self._engine.create_execution_context()
         if self._context is None:
             raise BundleError(
                 f"TensorRT cannot load {bundle.file(entry.path)}",
-                found="no engine, or too little GPU memory",
-                hint="close other programs, or build the engine again on this machine",
+                found=self._logger.last_error or "no reason given",
+                hint="close other programs that use the GPU, or build the engine again",
             )
 
     def use_profile(self, index: int) -> None:
@@ -131,16 +139,39 @@ class TensorRtExecution:
 
     def _check(self, done: bool, what: str) -> None:
         if not done:
-            raise BundleError(f"the engine refuses {what}", hint="export the model again")
+            raise BundleError(
+                f"the engine refuses {what}",
+                found=self._logger.last_error or None,
+                hint="export the model again",
+            )
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        """Keeps the last error, which is the reason of a failure."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.last_error = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.last_error = message.strip()[:500]
+
+    return Logger()
 
 
 class CudaDevice:
     """CUDA's runtime through cuda-python; `tensorrt_cache.Device`."""
 
     def __init__(self) -> None:
-        self._cuda = _import("cuda.bindings.runtime", "pip install cuda-python")
+        self._cuda = _import("cuda.bindings.runtime", "pip install cuda-bindings")
         self._memory: list[int] = []
+        self._sources: list[Array] = []
+        """Arrays on their way: a GPU that reads pageable memory by itself may do so later."""
         self.stream = int(self._call("cudaStreamCreate"))
+        self._free = weakref.finalize(self, _free, self._cuda, self._memory, self.stream)
+        self._free.atexit = False  # the end of the process frees all
 
     def allocate(self, size: int) -> int:
         address = int(self._call("cudaMalloc", size))
@@ -152,11 +183,13 @@ class CudaDevice:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         source = array.ctypes.data
         self._call("cudaMemcpyAsync", address, source, array.nbytes, kind, self.stream)
+        self._sources.append(array)
 
     def download(self, address: int, array: Array) -> None:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self.stream)
         self._call("cudaStreamSynchronize", self.stream)
+        self._sources.clear()
 
     def copy_rows(
         self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, height: int
@@ -167,10 +200,7 @@ class CudaDevice:
 
     def close(self) -> None:
         self._call("cudaStreamSynchronize", self.stream)
-        for address in self._memory:
-            self._call("cudaFree", address)
-        self._memory.clear()
-        self._call("cudaStreamDestroy", self.stream)
+        self._free()
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """A function of CUDA's runtime; raises what it reports."""
@@ -183,6 +213,14 @@ class CudaDevice:
                 hint="if memory is short, load the bundle with a smaller max_tokens",
             )
         return values[0] if values else None
+
+
+def _free(cuda: Any, memory: list[int], stream: int) -> None:
+    """Give a device's memory back, once nobody uses it."""
+    cuda.cudaStreamSynchronize(stream)
+    for address in memory:
+        cuda.cudaFree(address)
+    cuda.cudaStreamDestroy(stream)
 
 
 def _import(module: str, hint: str) -> Any:

@@ -53,7 +53,7 @@ class TensorRtGraph:
         most = self._profiles[0].rows[2]
         wanted = most if max_tokens is None else -(-max_tokens // page) * page
         self.capacity = min(most, wanted)
-        self._chunk, self._most_logits = self._profiles[1].tokens[2], self._profiles[1].logits[2]
+        self._chunk, self._most_logits = self._profiles[0].tokens[2], self._profiles[0].logits[2]
         self.cache: Cache = (
             PageCache(device, manifest.cache, self.capacity)
             if manifest.tensorrt.plugin
@@ -109,7 +109,7 @@ class TensorRtGraph:
     def _step(self, place: Place, ids: Sequence[int], past: int, wanted: Sequence[int]) -> Logits:
         """One run of the engine. At least one row of logits comes, also if none is wanted."""
         index = list(wanted) or [len(ids) - 1]
-        profile = 0 if len(ids) == 1 else 1
+        profile = 1 if len(ids) == 1 else 0
         if profile != self._profile:
             self._execution.use_profile(profile)
             for name, address in self._addresses.items():

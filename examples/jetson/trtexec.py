@@ -13,12 +13,13 @@ from typing import Any
 
 
 def command(bundle: Path) -> list[str]:
-    """The command, with a profile for one token and one for several."""
+    """The command, with a profile for up to a chunk of tokens and one for one token."""
     manifest = json.loads((bundle / "manifest.json").read_text())
     info = manifest["tensorrt"]
     if info["plugin"]:
         raise SystemExit("this graph needs the plugin: build its engine with `mla-deploy export`")
     found = ["trtexec", f"--onnx={bundle / manifest['graph']['path']}", "--stronglyTyped"]
+    found += ["--noTF32", "--skipInference"]
     found += ["--maxAuxStreams=0", "--saveEngine=decoder.engine"]
     for index, profile in enumerate(info["profiles"]):
         found.append(f"--profile={index}")

@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mla_deploy.bundle import ProfileInfo, TensorInfo
 from mla_deploy.errors import MlaError, UsageError
-from mla_deploy.exporters.tensorrt.capability import Capability
+from mla_deploy.exporters.tensorrt.capability import Capability, compute_capability
 from mla_deploy.gpu import gpu_target
 
 MEMORY_FACTOR = 3.3
@@ -155,14 +155,14 @@ def build_engine(
         "module": wanted.module,
         "onnx": str(onnx),
         "engine": str(engine),
-        "target": target,
+        "compute_capability": compute_capability(target, wanted),
         "profiles": [_shapes(inputs, profile) for profile in profiles],
         "plugin": None if plugin is None else str(plugin),
         "log": None if log is None else str(log),
     }
     try:
         with _environment(wanted.module, plugin) as environment:
-            result = _run(request, environment, timeout, progress)
+            result = _run(target, request, environment, timeout, progress)
     except BaseException:
         engine.unlink(missing_ok=True)
         raise
@@ -178,8 +178,9 @@ def build_engine(
 
 
 def worker_command() -> list[str]:
-    """The command that serves one request."""
-    return [sys.executable, "-m", "mla_deploy.exporters.tensorrt.worker"]
+    """The command that serves one request. By its path: `-m` would look in the current folder
+    first, and find a checkout of this project in place of what is installed."""
+    return [sys.executable, str(Path(__file__).with_name("worker.py"))]
 
 
 @contextmanager
@@ -199,40 +200,63 @@ def _environment(module: str, plugin: Path | None) -> Iterator[dict[str, str]]:
 
 
 def _run(
+    target: str,
     request: dict[str, Any],
     environment: dict[str, str],
     timeout: float,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    process = subprocess.Popen(
-        worker_command(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        text=True,
-    )
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            worker_command(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            env=environment,
+            text=True,
+        )
+        result = _result(target, process, request, timeout, progress)
+        if result is not None:
+            return result
+        raise BuildError(
+            f"the build for {target} ended without a result",
+            found=f"exit status {process.returncode}{_last_line(said)}",
+            hint="it may have been killed for want of memory: see the system's log",
+        )
+
+
+def _result(
+    target: str,
+    process: subprocess.Popen[str],
+    request: dict[str, Any],
+    timeout: float,
+    progress: Progress | None,
+) -> dict[str, Any] | None:
+    """What the worker made; None if it ended without a word."""
     try:
         for message in _messages(process, json.dumps(request), timeout):
             if "progress" in message and progress is not None:
                 progress(*message["progress"])
             elif "error" in message:
                 raise BuildError(
-                    f"TensorRT cannot build an engine for {request['target']}",
+                    f"TensorRT cannot build an engine for {target}",
                     found=str(message["error"]).strip()[:500],
                     hint="export with --onnx-only and see what `trtexec --onnx` says",
                 )
             elif "result" in message:
                 result: dict[str, Any] = message["result"]
                 return result
+        return None
     finally:
         process.kill()
         process.wait()
-    raise BuildError(
-        f"the build for {request['target']} ended without a result",
-        found=f"exit status {process.returncode}",
-        hint="it may have been killed for want of memory: see the system's log",
-    )
+
+
+def _last_line(said: IO[bytes]) -> str:
+    """Of what a worker wrote to standard error, to be put behind its exit status."""
+    said.seek(max(0, said.seek(0, os.SEEK_END) - 4000))
+    lines = said.read().decode(errors="replace").split("\n")
+    return next((f": {line.strip()[:300]}" for line in reversed(lines) if line.strip()), "")
 
 
 def _messages(

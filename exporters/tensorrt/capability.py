@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mla_deploy.bundle import PORTABLE_TARGET
 from mla_deploy.errors import UsageError
 
 _OPERATORS_10_3 = frozenset(
@@ -26,7 +27,7 @@ _OPERATORS_10_3 = frozenset(
 """Of all that the parser lists, what a decoder can need."""
 _OPERATORS_10_15 = _OPERATORS_10_3 | {"RMSNormalization"}
 
-RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+RTX_TARGETS = (PORTABLE_TARGET, "sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """What TensorRT-RTX builds for on any machine."""
 DEVICE_TARGETS = ("sm80", "sm86", "sm87", "sm89", "sm90", "sm100", "sm110", "sm120")
 """What TensorRT builds for, each on a machine that has such a GPU."""
@@ -82,6 +83,11 @@ def capability(name: str) -> Capability:
             hint="take the newest that is not newer than yours: trt10.3 for JetPack 6.2",
         )
     return CAPABILITIES[name]
+
+
+def compute_capability(target: str, wanted: Capability) -> str | None:
+    """What TensorRT calls a target, as `SM89`; None where it has no say, or shall take them all."""
+    return None if wanted.needs_device or target == PORTABLE_TARGET else target.upper()
 
 
 def check_target(target: str, wanted: Capability) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,6 +133,7 @@ def export_tensorrt(
     graph = build_graph(config, checkpoint, target)
     initializers = list(graph.builder.initializers.values())
     weights = sum(one.nbytes for one in initializers)
+    _check_types({one.dtype for one in initializers}, options)
     _check_room(out, weights, options)
     inputs, outputs = (
         [_tensor(value) for value in values]
@@ -239,14 +240,14 @@ def _check_library(options: TensorRtOptions, is_needed: bool) -> None:
 
 
 def profiles(context: int, options: TensorRtOptions) -> list[ProfileInfo]:
-    """One for a token, and one for several."""
+    """One for up to a chunk of tokens, and one for exactly one token."""
     most = -(-min(options.max_tokens, context) // PAGE_TOKENS) * PAGE_TOKENS
     rows = (PAGE_TOKENS, max(PAGE_TOKENS, most // 4 // PAGE_TOKENS * PAGE_TOKENS), most)
     chunk = min(options.prefill_chunk, most)
     several = min(LOGITS, chunk)
     return [
+        ProfileInfo(tokens=(1, chunk, chunk), rows=rows, logits=(1, 1, several)),
         ProfileInfo(tokens=(1, 1, 1), rows=rows, logits=(1, 1, 1)),
-        ProfileInfo(tokens=(2, chunk, chunk), rows=rows, logits=(1, 1, several)),
     ]
 
 
@@ -286,6 +287,8 @@ def _build_bundle(
     _check_library(options, bundle.manifest.tensorrt.plugin)
     check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
     graph = bundle.file(GRAPH_FILE)
+    model = onnx.load(graph, load_external_data=False).graph
+    _check_types({ir.DataType(one.data_type) for one in model.initializer}, options)
     _check_room(out, bundle.file(f"{GRAPH_FILE}.data").stat().st_size, options)
     with new_folder(out) as folder:
         with writing(folder):
@@ -298,10 +301,19 @@ def _build_bundle(
         bundle=out,
         bytes=size,
         seconds=time.monotonic() - start,
-        nodes=len(onnx.load(graph, load_external_data=False).graph.node),
+        nodes=len(model.node),
         kv_bytes_per_token=bundle.kv_bytes_per_token,
         engines=tuple(built),
     )
+
+
+def _check_types(stored: Set[ir.DataType], options: TensorRtOptions) -> None:
+    if ir.DataType.INT4 in stored and "sm75" in options.targets:
+        raise UsageError(
+            "sm75 multiplies no matrices in 4 bits",
+            found="a model with quantised weights, which are stored as INT4",
+            hint="quantize with --weights none for it",
+        )
 
 
 def _check_room(out: Path, weights: int, options: TensorRtOptions) -> None:

@@ -1,8 +1,8 @@
-"""Builds one engine in a process of its own: `python -m mla_deploy.exporters.tensorrt.worker`.
+"""Builds one engine in a process of its own, `python worker.py`.
 
 A request comes as JSON on standard input; progress, and then the result or an error, go as a line
 of JSON each to standard output. So a build can be stopped, its memory is given back whatever
-happens, and a crash of the compiler does not take the caller with it. Imports no torch.
+happens, and a crash of the compiler does not take the caller with it. Imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def _say(message: dict[str, Any]) -> None:
 def _build(request: dict[str, Any]) -> dict[str, Any]:
     """
     Args:
-        request: `module`, `onnx`, `engine` (file to write), `target`, `profiles` (for each the
-            least, usual and most shape of every input), `plugin` (library to load, or None), `log`
-            (file to write, or None).
+        request: `module`, `onnx`, `engine` (file to write), `compute_capability` (as `SM89`; None:
+            what TensorRT does by itself), `profiles` (for each the least, usual and most shape of
+            every input), `plugin` (library to load, or None), `log` (file to write, or None).
     """
     start = time.monotonic()
     trt = importlib.import_module(request["module"])
@@ -53,14 +53,15 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     if not parser.parse_from_file(request["onnx"]):
         raise _BuildError(f"the parser refuses it: {parser.get_error(0).desc()}")
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32: routers depend on it
     config.max_aux_streams = 0  # each stream would have scratch memory of its own
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = _monitor(trt)
     if request["plugin"]:  # the cache is written in place
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
-    if hasattr(config, "set_compute_capability"):
+    if request["compute_capability"]:
         config.num_compute_capabilities = 1
-        kind = getattr(trt.ComputeCapability, request["target"].upper())
+        kind = getattr(trt.ComputeCapability, request["compute_capability"])
         config.set_compute_capability(kind, 0)
     for shapes in request["profiles"]:
         profile = builder.create_optimization_profile()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import onnx
 import pytest
+from pydantic import ValidationError
 from support.models import random_model, save_checkpoint
 
 from mla_deploy.bundle import Bundle
@@ -76,13 +79,13 @@ def test_an_engine_for_each_gpu(graph: Path, tmp_path: Path) -> None:
     report = export_tensorrt(
         graph,
         tmp_path / "bundle",
-        replace(SM89, targets=("sm89", "sm120")),
+        replace(SM89, targets=("sm89", "sm120", "sm80+")),
         progress=lambda done, total, what: steps.append(what),
     )
     bundle = Bundle.open(tmp_path / "bundle", verify=True)
     info = bundle.manifest.tensorrt
     assert info is not None
-    assert [engine.target for engine in info.engines] == ["sm89", "sm120"]
+    assert [engine.target for engine in info.engines] == ["sm89", "sm120", "sm80+"]
     assert steps
     weights = (graph / "model.onnx.data").stat().st_size
     codes = sum(
@@ -114,7 +117,7 @@ def test_the_graph_alone_needs_no_tensorrt(graph: Path, monkeypatch: pytest.Monk
     assert info is not None
     assert info.engines == []
     assert info.version is None
-    assert [profile.tokens for profile in info.profiles] == [(1, 1, 1), (2, 32, 32)]
+    assert [profile.tokens for profile in info.profiles] == [(1, 32, 32), (1, 1, 1)]
     assert bundle.kv_bytes_per_token == 32 + 2 + 2 + 16 + 2
     names = {one.name for one in info.inputs}
     assert {"input_ids", "past_lengths", "logit_index", "cache.0.codes"} <= names
@@ -144,6 +147,29 @@ def test_options_that_do_not_fit(
     source: Path, tmp_path: Path, options: TensorRtOptions, message: str
 ) -> None:
     expect(UsageError, message, source, tmp_path, options)
+
+
+def test_old_gpus_take_no_matrices_in_4_bits(
+    source: Path, graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "check_backend", lambda *_: None)
+    options = replace(SM89, targets=("sm89", "sm75"))
+    for where in (source, graph):
+        expect(UsageError, "sm75 multiplies no matrices", where, tmp_path, options)
+
+
+def test_the_installed_worker_is_meant_and_not_a_checkout(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder `mla_deploy` where the program is started, as in a checkout."""
+    (tmp_path / "mla_deploy").mkdir()
+    (tmp_path / "mla_deploy" / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    asked = json.dumps({"module": "no_such_tensorrt", "log": None})
+    made = subprocess.run(
+        build.worker_command(), input=asked, capture_output=True, text=True, check=False
+    )
+    assert "No module named 'no_such_tensorrt'" in made.stderr
 
 
 def test_a_missing_tensorrt(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +217,7 @@ def test_too_little_disk_is_known_beforehand(
         ("import os; os.kill(os.getpid(), 9)", "ended without a result"),
         ('print(\'{"error": "no kernel"}\')', "cannot build"),
         ("print('a library that prints')", "ended without a result"),
+        ("raise ImportError('no libcudart')", "exit status 1: ImportError: no libcudart"),
     ],
 )
 def test_a_build_that_fails(
@@ -240,10 +267,24 @@ def test_an_engine_of_another_gpu_or_version(graph: Path) -> None:
     assert "--target sm120" in str(caught.value)
     with pytest.raises(UsageError, match="NVIDIA GPU"):
         engine_for(built, "bundle", None)
+    both = [{**engine, "target": "sm80+", "path": "sm80+.engine"}, engine]
+    built = info.model_validate(info.model_dump() | {"version": "1.7.1", "engines": both})
+    assert engine_for(built, "bundle", "sm89").path == "sm89.engine"
+    for later in ("sm80", "sm90", "sm120"):
+        assert engine_for(built, "bundle", later).path == "sm80+.engine"
+    with pytest.raises(BundleError, match="no engine for this GPU"):
+        engine_for(built, "bundle", "sm75")
     check_version(built, "bundle", "sm89", "1.7.1")
     with pytest.raises(BundleError, match="another TensorRT") as caught:
         check_version(built, "bundle", "sm89", "1.8.0")
     assert "build them again" in str(caught.value)
+
+
+def test_profiles_in_the_other_order(graph: Path) -> None:
+    info = Bundle.open(graph).manifest.tensorrt
+    assert info is not None
+    with pytest.raises(ValidationError, match="export the model again"):
+        info.model_validate(info.model_dump() | {"profiles": info.profiles[::-1]})
 
 
 def expect(
@@ -251,6 +292,7 @@ def expect(
 ) -> None:
     """It fails with that message, and leaves nothing behind."""
     before = sorted(folder.iterdir())
-    with pytest.raises(kind, match=message):
+    with pytest.raises(kind) as error:
         export_tensorrt(source, folder / "bundle", options)
+    assert re.search(message, str(error.value))
     assert sorted(folder.iterdir()) == before

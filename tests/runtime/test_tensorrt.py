@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.gpu import engine_target
 from support.host_engine import HostDevice, HostExecution, host_graph
 
 from mla_deploy.bundle import Bundle
@@ -157,11 +158,18 @@ def test_loading_without_a_gpu_says_what_is_missing(bundle: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(gpu_target() is None, reason="there is no NVIDIA GPU")
-def test_an_engine_says_what_the_stand_in_says(bundle: Path, tmp_path: Path) -> None:
-    target = gpu_target()
-    assert target is not None
+@pytest.mark.parametrize("own", [True, False])
+def test_an_engine_says_what_the_stand_in_says(bundle: Path, tmp_path: Path, own: bool) -> None:
+    target = engine_target(own=own)
     options = TensorRtOptions(targets=(target,), dtype="fp32", max_tokens=256, prefill_chunk=32)
     built = export_tensorrt(bundle, tmp_path / "bundle", options).bundle
     on_host = TensorRtEngine(Bundle.open(bundle), host_graph(bundle))
     wanted = GenerationOptions(max_tokens=32)
-    assert load(built).generate(PROMPT, wanted).tokens == on_host.generate(PROMPT, wanted).tokens
+    expected = on_host.generate(PROMPT, wanted)
+    with load(built) as engine:
+        found = engine.generate(PROMPT, wanted)
+        ids = engine.tokenizer.encode(PROMPT) + list(expected.tokens)
+        with engine.session() as session, on_host.session() as other:
+            ours, theirs = (one.prefill(ids, all_logits=True) for one in (session, other))
+    assert np.abs(ours - theirs).max() < 1e-3 * np.abs(theirs).max()
+    assert found.tokens == expected.tokens
