@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mla_deploy.bundle import Bundle
-from mla_deploy.errors import BundleError, UsageError
+from mla_deploy.errors import GraphError, UsageError
 from mla_deploy.runtime import _runtime
 from mla_deploy.runtime.bundle_text import BundleText
 from mla_deploy.runtime.cancellation import Cancellation
@@ -55,7 +55,8 @@ def load(
         verify: check the sha256 of large files too.
 
     Raises:
-        BundleError: the folder is no bundle, is damaged, or was exported for another device.
+        BundleError: the folder is no bundle, is damaged, or was exported for another device; as a
+            GraphError: this onnxruntime cannot load its graph.
         UsageError: an option outside its range, onnxruntime is not installed, kernels are asked for
             that this installation does not have, or it was built without the engine; on a GPU also:
             there is no driver or device for our kernels, or this onnxruntime has no CUDA provider.
@@ -93,7 +94,7 @@ def load(
     chosen = choose(kernels, on_gpu=on_gpu)
     try:
         return Engine(opened, core(chosen.library), chosen)
-    except (BundleError, UsageError) as error:  # such as a cache format that the library lacks
+    except GraphError as error:  # such as a cache format that the library lacks
         if kernels != "auto" or chosen.library is None:
             raise
         chosen = Kernels(None, error.found or error.what)

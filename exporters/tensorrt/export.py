@@ -292,7 +292,7 @@ def _build_bundle(
     _check_room(out, bundle.file(f"{GRAPH_FILE}.data").stat().st_size, options)
     with new_folder(out) as folder:
         with writing(folder):
-            names = copy_tokenizer(source, folder)
+            names = copy_tokenizer(bundle, folder)
         manifest, built = _build_all(
             graph.parent, folder, bundle.manifest, options, wanted, progress
         )
