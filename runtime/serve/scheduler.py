@@ -20,7 +20,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from mla_deploy.errors import MlaError, SessionError
-from mla_deploy.runtime.engine import PREFILL_CHUNK, Engine
+from mla_deploy.runtime.engine import Engine
+from mla_deploy.runtime.loading import PREFILL_CHUNK
 from mla_deploy.runtime.native import Logits
 from mla_deploy.runtime.options import GenerationOptions
 from mla_deploy.runtime.serve.job import Job, Listener, Piece

@@ -109,7 +109,7 @@ class Server:
             UsageError: the bundle is one of TensorRT engines.
             TokenizerError: it has no tokenizer.
         """
-        if not isinstance(engine, Engine):
+        if not engine.batches:
             raise UsageError(
                 "a bundle of TensorRT engines cannot be served",
                 found="engines that compute one sequence at a time",
