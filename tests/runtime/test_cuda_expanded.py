@@ -19,10 +19,12 @@ from support.cuda import (
     run_case,
 )
 
+from mla_deploy.ops import attention
 from mla_deploy.runtime.cuda import AttentionSizes, CudaError, CudaKernels
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 FORMATS = ["int4", "int8", "fp16"]
+HALF_MAX = 65504.0
 SMALL = Dims(heads=4, nope=32, rank=256, rope=32, v=32)
 
 
@@ -56,6 +58,45 @@ def test_long_calls_run_in_rounds(machine: Machine) -> None:
         check(machine, AttentionCase([5, 70], [200, 3], dims=SMALL), "expanded")
     else:
         check(machine, AttentionCase([3000], [1100], dims=Dims(heads=128)), "expanded")
+
+
+def test_only_what_a_round_sees_is_made() -> None:
+    """Two rounds of 128 tokens, each over two chunks of 128. Those of the first round see one
+    chunk, and in the second only the first sequence has any."""
+    machine = Machine(build_emulation(), "cpu")
+    emulation_wavefronts(forget=True)
+    run_case(machine, AttentionCase([0, 70], [200, 3], dims=SMALL), mode="expanded")
+    _, *launches = emulation_wavefronts()  # Append, then Unpack, Expand, Expanded of each chunk
+    made = [taken for taken, _ in launches[1::3]]
+    print(made)
+    of_one = made[-1]
+    assert of_one > 0
+    assert made == [2 * of_one, 0, of_one, of_one]
+
+
+@pytest.mark.parametrize("cache_format", ["int4", "int8"])
+def test_latents_beyond_half_precision_saturate(machine: Machine, cache_format: str) -> None:
+    """A scale and a code hold what no half does, where no norm keeps latents small."""
+    case = AttentionCase([0], [70], dims=SMALL, cache_format=cache_format, norm=False)
+    large = slice(64, 128)  # a group, of which keys see nothing, and values little
+    case.all_kv[..., large] *= HALF_MAX
+    case.w_uk[..., large] = 0
+    case.w_uv[:, large] /= 16
+    output, cache = run_case(machine, case, mode="expanded")
+    c_kv, k_pe = attention.read(
+        case.block_table, cache, case.record, SMALL.rank, SMALL.rope, torch.float64
+    )
+    assert c_kv.abs().max() > 2 * HALF_MAX
+    q, _, cos, sin = (x.double() for x in case.new_inputs())
+    expected = attention.attend_absorbed(
+        *attention.new_queries(q, cos, sin, SMALL.heads, SMALL.nope),
+        c_kv.clamp(-HALF_MAX, HALF_MAX),
+        k_pe,
+        *(case.w_uk.double(), case.w_uv.double(), case.past, case.scale),
+    )
+    error = Error.of(case.real(output), case.real(expected))
+    print(error)
+    assert error.relative < 3e-3
 
 
 @pytest.mark.parametrize(("steps", "mode"), [(42, "absorbed"), (43, "expanded")])
