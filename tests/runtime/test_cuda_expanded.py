@@ -99,9 +99,10 @@ def test_latents_beyond_half_precision_saturate(machine: Machine, cache_format: 
     assert error.relative < 3e-3
 
 
-@pytest.mark.parametrize(("steps", "mode"), [(42, "absorbed"), (43, "expanded")])
+@pytest.mark.parametrize(("steps", "mode"), [(67, "absorbed"), (68, "expanded")])
 def test_the_mode_with_fewer_operations_is_chosen(machine: Machine, steps: int, mode: str) -> None:
-    """Here 384 products a pair are spared, and a key and its value cost 256 (32 + 32)."""
+    """A block of 128 rows, 160 products a pair, and 256 (32 + 32) for a key and its value; absorbed
+    544 a pair, of real rows alone."""
     case = AttentionCase([20], [steps], dims=SMALL)
     chosen, _ = run_case(machine, case)
     for name in ("absorbed", "expanded"):
@@ -109,24 +110,55 @@ def test_the_mode_with_fewer_operations_is_chosen(machine: Machine, steps: int, 
         assert torch.equal(output, chosen) == (name == mode)
 
 
+def chosen_mode(sizes: AttentionSizes) -> str:
+    """What auto is for a call of these sizes, by the workspace that each needs."""
+    kernels = CudaKernels(build_emulation())
+    needed = {
+        mode: kernels.workspace_bytes(dataclasses.replace(sizes, mode=mode))
+        for mode in ("auto", "absorbed", "expanded")
+    }
+    assert needed["absorbed"] != needed["expanded"]
+    return "absorbed" if needed["auto"] == needed["absorbed"] else "expanded"
+
+
+@pytest.mark.parametrize(
+    ("dims", "changes"),
+    [
+        (Dims(heads=1), {1: "absorbed", 196: "expanded"}),  # DeepSeek, Kimi
+        (
+            Dims(heads=1, nope=192, v=256),  # GLM-4.7-Flash
+            {1: "absorbed", 422: "expanded", 449: "absorbed", 452: "expanded"},
+        ),
+        (
+            Dims(heads=1, nope=64, rank=256, rope=32, v=64),  # MiniCPM3
+            {1: "absorbed", 98: "expanded", 129: "absorbed", 136: "expanded"},
+        ),
+        # of test_cuda_end_to_end.py, whose prompts of 70 and 60 tokens are to take both
+        (Dims(heads=4, nope=24, rank=256, rope=16, v=24), {1: "absorbed", 63: "expanded"}),
+    ],
+    ids=str,
+)
+def test_lengths_that_pay_are_those_of_the_table(dims: Dims, changes: dict[int, str]) -> None:
+    """The table in docs/cuda.md. Changes: the mode from so many new tokens on."""
+    expected = ""
+    for steps in range(1, 600):
+        expected = changes.get(steps, expected)
+        sizes = AttentionSizes(
+            batch=1, steps=steps, table_pages=2, heads=dims.heads, nope=dims.nope, rank=dims.rank,
+            rope=dims.rope, v=dims.v, cache_format="int4",
+        )  # fmt: skip
+        assert chosen_mode(sizes) == expected, steps
+
+
 def test_chunks_too_small_to_pay_are_not_chosen() -> None:
     """128 heads leave the emulation no more than the least chunk, a quarter of what pays."""
-    kernels = CudaKernels(build_emulation())
     sizes = AttentionSizes(
         batch=1, steps=500, table_pages=9, heads=128, nope=32, rank=256, rope=32, v=32,
         cache_format="int4",
     )  # fmt: skip
-
-    def needed(sizes: AttentionSizes) -> dict[str, int]:
-        return {
-            mode: kernels.workspace_bytes(dataclasses.replace(sizes, mode=mode))
-            for mode in ("auto", "absorbed", "expanded")
-        }
-
-    found = needed(sizes)
-    assert found["auto"] == found["absorbed"] != found["expanded"]
-    found = needed(dataclasses.replace(sizes, table_pages=2))  # all in one chunk
-    assert found["auto"] == found["expanded"] != found["absorbed"]
+    assert chosen_mode(sizes) == "absorbed"
+    in_one_chunk = dataclasses.replace(sizes, table_pages=2)
+    assert chosen_mode(in_one_chunk) == "expanded"
 
 
 @pytest.mark.parametrize("changes", [{"nope": 248}, {"v": 264}])
