@@ -59,6 +59,29 @@ def test_the_other_kernels_spill_none_either(
     assert not any(kernel.spill_bytes for kernel in found)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc 13")
+@pytest.mark.parametrize(
+    ("targets", "built_for"),
+    [
+        ([], "sm_80 sm_86 sm_87 sm_89 sm_90 sm_110 sm_120 compute_90 compute_120"),
+        (["80", "90"], "sm_80 sm_90 compute_90"),
+        (["87"], "sm_87 compute_87"),
+    ],
+    ids=str,
+)
+def test_ptx_is_kept_for_devices_between_and_after_the_targets(
+    tmp_path: Path, targets: list[str], built_for: str
+) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("there is no cmake")
+    command = ["cmake", "-S", ROOT / "runtime", "-B", tmp_path, "-DMLA_CUDA=ON", "-DMLA_OPS=OFF"]
+    command += ["-DMLA_PYTHON=OFF", "-DMLA_ENGINE=OFF"]
+    command += [f"-DMLA_CUDA_TARGETS={';'.join(targets)}"] if targets else []
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"libmla_deploy_cuda.so is built for {built_for}\n" in done.stdout
+
+
 def test_a_report_of_ptxas_is_read(resources: ModuleType) -> None:
     report = (
         "ptxas info    : Compiling entry function '_ZN3mla4cuda5entryINS0_6AttendINS0_10Int4FormatE"
