@@ -106,7 +106,9 @@ class MlaConfig:
                 hint="quantize the source model again",
             )
         if self.qk_rope_head_dim % 2:
-            raise ConfigError("qk_rope_head_dim must be even", found=self.qk_rope_head_dim)
+            raise ConfigError(
+                "qk_rope_head_dim is odd", found=self.qk_rope_head_dim, allowed="an even number"
+            )
         if self.moe is not None:
             _check_moe(self.moe)
 
@@ -197,8 +199,9 @@ def _check_moe(moe: MoeConfig) -> None:
         _check_range(moe, name, 0, LARGEST)
     if moe.n_routed_experts % moe.n_group:
         raise ConfigError(
-            "n_routed_experts must be a multiple of n_group",
+            "the experts do not divide into groups",
             found=f"{moe.n_routed_experts} experts, {moe.n_group} groups",
+            allowed="n_routed_experts a multiple of n_group",
         )
     reachable = moe.n_routed_experts // moe.n_group * moe.topk_group
     if not 0 < moe.num_experts_per_tok <= reachable:

@@ -60,7 +60,7 @@ class ConfigReader:
         """A number above zero."""
         value = self.number(key, default)
         if not 0 < value < math.inf:
-            raise ConfigError(f"{self.origin}: {key} must be positive", found=value)
+            raise self._out_of_range(key, value, "above 0")
         return value
 
     def flag(self, key: str, default: bool | None = None) -> bool:
@@ -137,7 +137,7 @@ class ConfigReader:
         if value is None:
             value = default
         if value is None:
-            raise ConfigError(f"{self.origin}: {key} is missing")
+            raise ConfigError(f"{self.origin}: {key} is missing", hint="get the file again")
         is_bool_for_number = isinstance(value, bool) and kind is not bool
         if not isinstance(value, kind) or is_bool_for_number:
             expected = kind.__name__ if isinstance(kind, type) else "number"
@@ -162,9 +162,13 @@ def read_json_object(file: Path) -> dict[str, Any]:
             f"{file} does not exist", hint="name the folder of a Hugging Face checkpoint"
         ) from None
     except (OSError, ValueError, RecursionError) as error:  # no UTF-8, no JSON, a huge integer
-        raise ConfigError(f"{file} cannot be read as JSON", found=error) from None
+        raise ConfigError(
+            f"{file} cannot be read as JSON", found=error, hint="get the file again"
+        ) from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{file} must hold an object", found=type(raw).__name__)
+        raise ConfigError(
+            f"{file} holds no object", found=type(raw).__name__, hint="get the file again"
+        )
     return raw
 
 

@@ -122,7 +122,11 @@ class Recipe:
         if raw is None:
             return cls()
         if not isinstance(raw, Mapping):
-            raise ConfigError(f"{origin}: the recipe must be an object", found=str(raw)[:80])
+            raise ConfigError(
+                f"{origin}: the recipe must be an object",
+                found=str(raw)[:80],
+                hint="quantize the source model again",
+            )
         values = dict(raw)
         version = values.pop("version", None)
         if version != RECIPE_VERSION:

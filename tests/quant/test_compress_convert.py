@@ -325,7 +325,7 @@ def test_the_stock_layout_refuses_what_it_cannot_hold(
         ({"no_calibration": True}, "what to calibrate on"),
         ({"calibration": ("self", "a.txt")}, "cannot be mixed"),
         ({"calibration": (), "no_calibration": True, "method": "transmla"}, "needs calibration"),
-        ({"tokens": 0}, "tokens must be positive"),
+        ({"tokens": 0}, "tokens is out of range"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(
