@@ -21,6 +21,28 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from mla_deploy.errors import TokenizerError
 
 
+def compile_template(template: str, origin: Path) -> jinja2.Template:
+    """A chat template, ready to render.
+
+    Args:
+        origin: where it comes from, for messages.
+
+    Raises:
+        TokenizerError: it is broken.
+    """
+    try:
+        return _compiled(template)
+    except jinja2.TemplateSyntaxError as error:
+        found = f"line {error.lineno}: {error.message}"
+    except Exception as error:  # what Python's own compiler finds
+        found = f"{type(error).__name__}: {error}"
+    raise TokenizerError(
+        f"the chat template of {origin} is broken",
+        found=found,
+        hint="get the file again, or mend the template",
+    )
+
+
 def render_template(template: str, variables: Mapping[str, Any], origin: Path) -> str:
     """Render a chat template.
 
@@ -32,14 +54,9 @@ def render_template(template: str, variables: Mapping[str, Any], origin: Path) -
         TokenizerError: it is broken, refuses the conversation, or reaches outside the sandbox.
     """
     what = f"the chat template of {origin}"
+    compiled = compile_template(template, origin)
     try:
-        return _compiled(template).render(**variables)
-    except jinja2.TemplateSyntaxError as error:
-        raise TokenizerError(
-            f"{what} is broken",
-            found=f"line {error.lineno}: {error.message}",
-            hint="get the file again, or mend the template",
-        ) from None
+        return compiled.render(**variables)
     except SecurityError as error:
         raise TokenizerError(
             f"{what} does something that its sandbox forbids",

@@ -117,14 +117,16 @@ class StreamDecoder:
         return text
 
 
-@functools.cache
-def _byte_level_table() -> dict[str, int]:
+def byte_level_characters() -> list[str]:
     """The printable characters in which byte-level BPE spells the 256 bytes (GPT-2, 2019).
 
     Printable Latin-1 stands for itself; the other bytes, in order, for U+0100 and on.
     """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    table.update({chr(0x100 + index): byte for index, byte in enumerate(others)})
-    return table
+    return [chr(byte if byte in printable else 0x100 + others.index(byte)) for byte in range(256)]
+
+
+@functools.cache
+def _byte_level_table() -> dict[str, int]:
+    return {character: byte for byte, character in enumerate(byte_level_characters())}

@@ -1,9 +1,10 @@
 """Text to token ids and back, and conversations to prompts.
 
-Read from a model's folder or a bundle: `tokenizer.json` (the `tokenizers` library's format),
-`tokenizer_config.json` (names of special tokens, whether a prompt gets them), a chat template
-(`chat_template.jinja`, or inside `tokenizer_config.json`) and `generation_config.json` (tokens that
-end a text). All four are data of other people: they are checked, and templates run in a sandbox.
+Read from a model's folder or a bundle: `tokenizer.json` (the `tokenizers` library's format; made of
+`tiktoken.model` where a folder has only that), `tokenizer_config.json` (names of special tokens,
+whether a prompt gets them), a chat template (`chat_template.jinja`, `chat_template.json`, or inside
+`tokenizer_config.json`) and `generation_config.json` (tokens that end a text). All of them are data
+of other people: they are checked, and templates run in a sandbox.
 
 May be imported by the runtime: needs neither torch nor transformers.
 """
@@ -11,20 +12,23 @@ May be imported by the runtime: needs neither torch nor transformers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from mla_deploy.bundle import Bundle
-from mla_deploy.chat_template import render_template
+from mla_deploy.chat_template import compile_template, render_template
+from mla_deploy.config_reader import LARGEST
 from mla_deploy.errors import TokenizerError, UsageError
 from mla_deploy.spelling import Spelling, StreamDecoder
+from mla_deploy.tiktoken_model import TIKTOKEN_MODEL, tokenizer_of_ranks
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+OLD_CHAT_TEMPLATE = "chat_template.json"
 GENERATION_CONFIG = "generation_config.json"
 
 Message = Mapping[str, Any]
@@ -39,6 +43,9 @@ class Tokenizer:
         bos_token_id: what a text starts with, if anything.
         eos_token_ids: what ends a text: `eos_token` and generation_config.json's `eos_token_id`.
         special_token_ids: ids that stand for no text; `decode` leaves them out.
+        ends: ids that `encode` puts before and after a text.
+        ends_in_file: what the post-processor of tokenizer.json alone would put there.
+        templates: chat templates by name; the usual one is "default".
     """
 
     def __init__(
@@ -52,7 +59,7 @@ class Tokenizer:
         tokenizer.no_truncation()  # some files ask for either; a prompt is taken as it is
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self._templates = templates
+        self.templates = templates
         self._origin = origin
         self._special_tokens = _special_tokens(config)
         self._spelling = Spelling.read(tokenizer, f"{origin / TOKENIZER}")
@@ -64,9 +71,11 @@ class Tokenizer:
             for token_id, token in tokenizer.get_added_tokens_decoder().items()
             if token.special
         )
-        before, after = self._ends_in_file()
-        self._before = _flagged(before, self.bos_token_id, config.get("add_bos_token"))
-        self._after = _flagged(after, self._named("eos_token"), config.get("add_eos_token"))
+        self.ends_in_file = before, after = self._ends_in_file()
+        self.ends = (
+            _flagged(before, self.bos_token_id, config.get("add_bos_token")),
+            _flagged(after, self._named("eos_token"), config.get("add_eos_token")),
+        )
 
     @classmethod
     def open(cls, source: Path | str | Bundle) -> Tokenizer:
@@ -82,26 +91,23 @@ class Tokenizer:
                 return source.file(name) if source.has(name) else None
             return folder / name if (folder / name).is_file() else None
 
+        config = read_object(find(TOKENIZER_CONFIG))
         path = find(TOKENIZER)
         if path is None:
-            raise TokenizerError(
-                f"{folder} has no tokenizer",
-                found=f"no {TOKENIZER}",
-                hint=f"copy {TOKENIZER} and {TOKENIZER_CONFIG} there; for a model that has only a "
-                "tokenizer.model, `AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER)` "
-                "of transformers writes them",
-            )
-        try:
-            tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())
-        except Exception as error:  # the library raises plain ValueError and Exception
-            raise _broken(path, error) from None
-        config = _read_object(find(TOKENIZER_CONFIG))
-        template_path = find(CHAT_TEMPLATE)
+            ranks = find(TIKTOKEN_MODEL)
+            if ranks is None:
+                raise _missing(folder)
+            tokenizer = tokenizers.Tokenizer.from_str(tokenizer_of_ranks(ranks, config))
+        else:
+            try:
+                tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+            except Exception as error:  # the library raises plain ValueError and Exception
+                raise _broken(path, error) from None
         return cls(
             tokenizer,
             config,
-            _read_object(find(GENERATION_CONFIG)),
-            _templates(config, None if template_path is None else _read_text(template_path)),
+            read_object(find(GENERATION_CONFIG)),
+            _templates(config, _file_template(find)),
             folder,
         )
 
@@ -125,7 +131,8 @@ class Tokenizer:
                 found=ascii(text[:40]),
                 hint="read the text as UTF-8",
             ) from None
-        return [*self._before, *ids, *self._after] if add_special_tokens else ids
+        before, after = self.ends
+        return [*before, *ids, *after] if add_special_tokens else ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -137,15 +144,27 @@ class Tokenizer:
         skipped = self.special_token_ids if skip_special_tokens else frozenset()
         return StreamDecoder(self.token_bytes, skipped, self._spelling.leading_spaces_dropped)
 
+    def token(self, token_id: int) -> str | None:
+        """A token as tokenizer.json spells it; None for unknown ids."""
+        token: str | None = None
+        if 0 <= token_id < 1 << 32:
+            token = self._tokenizer.id_to_token(token_id)
+        return token
+
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8 bytes of one token, perhaps only a part of a character; none for unknown ids."""
-        token = self._tokenizer.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
+        token = self.token(token_id)
         return b"" if token is None else self._spelling.token_bytes(token)
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the model brings a chat template."""
-        return bool(self._templates)
+        return bool(self.templates)
+
+    def check_templates(self) -> None:
+        """Raise TokenizerError where a chat template is not valid Jinja."""
+        for template in self.templates.values():
+            compile_template(template, self._origin)
 
     def render_chat(
         self,
@@ -168,8 +187,8 @@ class Tokenizer:
                 tries to reach outside its sandbox.
             UsageError: the conversation is not made of plain JSON values.
         """
-        name = "tool_use" if tools and "tool_use" in self._templates else "default"
-        if name not in self._templates:
+        name = "tool_use" if tools and "tool_use" in self.templates else "default"
+        if name not in self.templates:
             raise TokenizerError(
                 f"the model in {self._origin} has no chat template",
                 hint=f"give a plain prompt, or put a {CHAT_TEMPLATE} beside {TOKENIZER}",
@@ -189,7 +208,7 @@ class Tokenizer:
             raise UsageError(
                 "a conversation must be made of JSON values", found=error, allowed="dict, list, str"
             ) from None
-        return render_template(self._templates[name], plain, self._origin)
+        return render_template(self.templates[name], plain, self._origin)
 
     def encode_chat(
         self,
@@ -231,11 +250,11 @@ class Tokenizer:
     def _eos_token_ids(self, generation_config: Mapping[str, Any]) -> tuple[int, ...]:
         listed = generation_config.get("eos_token_id")
         ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
-        if not all(isinstance(token_id, int) and token_id >= 0 for token_id in ids):
+        if not all(type(token_id) is int and 0 <= token_id <= LARGEST for token_id in ids):
             raise TokenizerError(
                 f"{self._origin / GENERATION_CONFIG} has an eos_token_id that is no token id",
-                found=listed,
-                allowed="an integer or a list of them",
+                found=str(listed)[:40],
+                allowed=f"an integer from 0 to {LARGEST}, or a list of them",
             )
         named = self._named("eos_token")
         # A dict, not a set: the order is kept.
@@ -266,6 +285,24 @@ def _templates(config: Mapping[str, Any], file_text: str | None) -> dict[str, st
     return templates
 
 
+def _file_template(find: Callable[[str], Path | None]) -> str | None:
+    """The chat template that has a file of its own."""
+    path = find(CHAT_TEMPLATE)
+    if path is not None:
+        return _read_text(path)
+    path = find(OLD_CHAT_TEMPLATE)
+    if path is None:
+        return None
+    template = read_object(path).get("chat_template")
+    if not isinstance(template, str):
+        raise TokenizerError(
+            f"{path} has no chat template",
+            found=json.dumps(template)[:60],
+            allowed='{"chat_template": "..."}',
+        )
+    return template
+
+
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """`bos_token`, `eos_token`, ...: the names that templates use, and their spelling."""
     named: dict[str, str] = {}
@@ -277,7 +314,8 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return named
 
 
-def _read_object(path: Path | None) -> dict[str, Any]:
+def read_object(path: Path | None) -> dict[str, Any]:
+    """The JSON object in a file; empty without one."""
     if path is None:
         return {}
     try:
@@ -294,6 +332,16 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise _broken(path, error) from None
+
+
+def _missing(folder: Path) -> TokenizerError:
+    return TokenizerError(
+        f"{folder} has no tokenizer",
+        found=f"neither {TOKENIZER} nor {TIKTOKEN_MODEL}",
+        hint=f"copy {TOKENIZER} and {TOKENIZER_CONFIG} there; for a model that has only a "
+        "tokenizer.model, `AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER)` "
+        "of transformers writes them",
+    )
 
 
 def _broken(path: Path, error: object) -> TokenizerError:

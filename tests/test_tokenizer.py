@@ -274,6 +274,10 @@ def test_a_text_that_is_no_unicode_is_refused() -> None:
         (TOKENIZER_CONFIG, b'{"bos_token": "<unheard of>"}'),
         (GENERATION_CONFIG, b'{"eos_token_id": "</s>"}'),
         (GENERATION_CONFIG, b'{"eos_token_id": [-1]}'),
+        (GENERATION_CONFIG, b'{"eos_token_id": true}'),
+        (GENERATION_CONFIG, b'{"eos_token_id": [1, 2147483648]}'),
+        (GENERATION_CONFIG, b'{"eos_token_id": 1' + b"0" * 30 + b"}"),
+        (GENERATION_CONFIG, b'{"eos_token_id": 1.0}'),
         (CHAT_TEMPLATE, b"\xff"),
     ],
 )
