@@ -10,7 +10,7 @@ from mla_deploy.bundle import MANIFEST
 from mla_deploy.cache import cache_record, formats_of_layers
 from mla_deploy.config_reader import read_json_object
 from mla_deploy.errors import UsageError
-from mla_deploy.exporters.onnx.export import TARGETS, require_tokenizer
+from mla_deploy.exporters.onnx.export import TARGETS
 from mla_deploy.exporters.tensorrt.build import check_backend
 from mla_deploy.exporters.tensorrt.capability import DEFAULT, capability
 from mla_deploy.quant.calibrate import AUTO
@@ -19,6 +19,7 @@ from mla_deploy.quant.compress.options import SELF, ConvertOptions
 from mla_deploy.quant.compress.source import FAMILIES, Source
 from mla_deploy.quant.options import QuantizeOptions
 from mla_deploy.recipe import RECIPE_KEY
+from mla_deploy.tokenizer_files import checked_tokenizer
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def plan_build(source: Path, options: BuildOptions) -> BuildPlan:
             f"{source} is a bundle already", hint=f'run it: mla-deploy run {source} "..."'
         )
     raw = read_json_object(source / "config.json")
-    require_tokenizer(source)
+    checked_tokenizer(source)
     if raw.get(RECIPE_KEY) is not None:
         _refuse_any(
             {**options.quantized_by(), "target_ratio": options.target_ratio},

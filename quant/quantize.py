@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -46,20 +45,7 @@ from mla_deploy.quant.weight_loss import Layers
 from mla_deploy.quant.workspace import workspace
 from mla_deploy.recipe import RECIPE_KEY, Recipe
 from mla_deploy.shards import ShardWriter
-
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
-"""Files copied from the source, where it has them."""
+from mla_deploy.tokenizer_files import check_tokenizer_if_any, copy_to_checkpoint
 
 _ERRORS_FILE = "errors.jsonl"
 """In the partial folder: the error of each matrix done, so that a resumed run can report them."""
@@ -152,7 +138,7 @@ def quantize_checkpoint(
         force: replace an earlier result. It stays until the new one is whole.
 
     Raises:
-        ConfigError, CheckpointError: the source is broken or not supported.
+        ConfigError, CheckpointError, TokenizerError: the source is broken or not supported.
         UsageError: options that do not fit the model, or a calibration text that is no use.
         OutputError: the output exists, the disk is full, or an unfinished other job is in the way.
     """
@@ -167,6 +153,7 @@ def quantize_checkpoint(
             f"{source} is quantised already", hint="quantize the checkpoint it was made from"
         )
     config = checkpoint.config
+    check_tokenizer_if_any(source)
     if options.calibration and type(checkpoint) is not Checkpoint:
         raise UsageError(
             "a checkpoint that is quantised already cannot be calibrated",
@@ -309,9 +296,7 @@ def _read_errors(file: Path) -> dict[str, tuple[float, float]]:
 
 def _write_companions(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
     with writing(folder):
-        for name in COMPANIONS:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        copy_to_checkpoint(source, folder)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
 

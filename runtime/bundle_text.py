@@ -33,6 +33,5 @@ class BundleText:
 
     @functools.cached_property
     def eos_token_ids(self) -> frozenset[int]:
-        """Tokens that end a text, by the manifest and by the tokenizer."""
-        ids = frozenset(self.bundle.manifest.model.eos_token_ids)
-        return ids.union(self.tokenizer.eos_token_ids) if self.has_tokenizer else ids
+        """Tokens that end a text."""
+        return frozenset(self.bundle.manifest.model.eos_token_ids)

@@ -15,7 +15,6 @@ from mla_deploy import __version__
 from mla_deploy.bundle import (
     FORMAT_VERSION,
     MANIFEST,
-    Bundle,
     CacheInfo,
     CachePartInfo,
     CudaInfo,
@@ -29,7 +28,7 @@ from mla_deploy.bundle import (
 from mla_deploy.cache import PAGE_TOKENS, CachePart
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
-from mla_deploy.errors import TokenizerError, UsageError
+from mla_deploy.errors import UsageError
 from mla_deploy.exporters.onnx.graph import build_graph
 from mla_deploy.exporters.onnx.ort import OnnxRuntime
 from mla_deploy.exporters.onnx.ort_cuda import OnnxRuntimeCuda
@@ -37,17 +36,14 @@ from mla_deploy.exporters.onnx.weights import Progress, write_external_data
 from mla_deploy.model import cache_parts, count_parameters
 from mla_deploy.output import check_output, check_space, new_folder, writing
 from mla_deploy.recipe import CALIBRATION_FILE, WEIGHT_BITS_FILE
+from mla_deploy.tokenizer import Tokenizer
+from mla_deploy.tokenizer_files import BUNDLE_FILES, checked_tokenizer, write_to_bundle
 
 GRAPH_FILE = "model.onnx"
 TARGETS: dict[str, type[OnnxRuntime]] = {"cpu": OnnxRuntime, "cuda": OnnxRuntimeCuda}
 """What ONNX Runtime may run the graph on."""
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+COMPANIONS = (*BUNDLE_FILES, CALIBRATION_FILE, WEIGHT_BITS_FILE)
+"""Files of a bundle that no graph needs."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ def export_onnx(
     spelling = TARGETS[target]()
     checkpoint = Checkpoint(source)
     config = checkpoint.config
-    require_tokenizer(source)
+    tokenizer = checked_tokenizer(source)
     check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
     graph = build_graph(config, checkpoint, spelling)
     initializers = list(graph.builder.initializers.values())
@@ -102,11 +98,11 @@ def export_onnx(
             graph.builder.initializer_value(name).const_value = tensor
         with writing(folder):
             _save(graph.model, folder / GRAPH_FILE)
-            names = [GRAPH_FILE, data.name, *copy_tokenizer(source, folder)]
+            names = [GRAPH_FILE, data.name, *write_companions(tokenizer, source, folder)]
             manifest = Manifest(
                 version=FORMAT_VERSION,
                 producer=f"mla-deploy {__version__}",
-                model=model_info(config),
+                model=model_info(config, tokenizer),
                 graph=GraphInfo(
                     path=GRAPH_FILE,
                     backend="onnx",
@@ -131,35 +127,21 @@ def export_onnx(
     )
 
 
-def require_tokenizer(source: Path) -> None:
-    """Raise TokenizerError unless the folder has a tokenizer.json."""
-    if not (source / "tokenizer.json").is_file():
-        raise TokenizerError(
-            f"{source} has no tokenizer.json",
-            allowed="a tokenizer in Hugging Face's fast format",
-            hint="save it with `AutoTokenizer.from_pretrained(...).save_pretrained(...)`",
-        )
+def write_companions(tokenizer: Tokenizer, source: Path, folder: Path) -> list[str]:
+    """Write the tokenizer of a checkpoint, and what a calibration of it measured; gives the names
+    of the files."""
+    names = write_to_bundle(tokenizer, source, folder)
+    for name in (CALIBRATION_FILE, WEIGHT_BITS_FILE):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+            names.append(name)
+    return names
 
 
-def copy_tokenizer(source: Path | Bundle, folder: Path) -> list[str]:
-    """Copy tokenizer, chat template, generation config, and what a calibration measured; gives the
-    names that were there. Of a bundle, only what its manifest lists."""
-    copied = []
-    for name in (*TOKENIZER_FILES, CALIBRATION_FILE, WEIGHT_BITS_FILE):
-        if isinstance(source, Bundle):
-            file = source.file(name) if source.has(name) else None
-        else:
-            file = source / name
-        if file is not None and file.is_file():
-            shutil.copyfile(file, folder / name)
-            copied.append(name)
-    return copied
-
-
-def model_info(config: MlaConfig) -> ModelInfo:
-    """The manifest's part on the model."""
+def model_info(config: MlaConfig, tokenizer: Tokenizer) -> ModelInfo:
+    """The manifest's part on the model. What ends a text is all that any of its files names."""
     same = {name: getattr(config, name) for name in ModelInfo.model_fields if hasattr(config, name)}
-    same["eos_token_ids"] = list(config.eos_token_ids)
+    same["eos_token_ids"] = list(dict.fromkeys([*config.eos_token_ids, *tokenizer.eos_token_ids]))
     return ModelInfo(parameters=count_parameters(config), **same)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -32,10 +33,10 @@ from mla_deploy.config import MlaConfig
 from mla_deploy.errors import BundleError, UsageError
 from mla_deploy.exporters.onnx import export as onnx_export
 from mla_deploy.exporters.onnx.export import (
+    COMPANIONS,
     GRAPH_FILE,
-    copy_tokenizer,
     model_info,
-    require_tokenizer,
+    write_companions,
 )
 from mla_deploy.exporters.onnx.graph import build_graph
 from mla_deploy.exporters.onnx.weights import Progress, write_external_data
@@ -57,6 +58,7 @@ from mla_deploy.exporters.tensorrt.plugin import TensorRtPlugin, check_plugin
 from mla_deploy.exporters.tensorrt.target import TensorRt
 from mla_deploy.model import cache_parts
 from mla_deploy.output import check_output, check_space, new_folder, writing
+from mla_deploy.tokenizer_files import checked_tokenizer
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LOGITS = 64
@@ -125,7 +127,7 @@ def export_tensorrt(
         return _build_bundle(source, out, options, wanted, force, progress, start)
     checkpoint = Checkpoint(source)
     config = checkpoint.config
-    require_tokenizer(source)
+    tokenizer = checked_tokenizer(source)
     check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
     if options.plugin:
         check_plugin(config)
@@ -147,11 +149,11 @@ def export_tensorrt(
         with writing(folder):
             onnx.save(ir.to_proto(graph.model), folder / GRAPH_FILE)
             onnx.checker.check_model(folder / GRAPH_FILE)
-            names = copy_tokenizer(source, folder)
+            names = write_companions(tokenizer, source, folder)
         manifest = Manifest(
             version=FORMAT_VERSION,
             producer=f"mla-deploy {__version__}",
-            model=model_info(config),
+            model=model_info(config, tokenizer),
             graph=GraphInfo(
                 path=GRAPH_FILE, backend="tensorrt", lowering=wanted.name, opset=wanted.opset
             ),
@@ -298,7 +300,9 @@ def _build_bundle(
     _check_room(out, bundle.file(f"{GRAPH_FILE}.data").stat().st_size, options)
     with new_folder(out) as folder:
         with writing(folder):
-            names = copy_tokenizer(bundle, folder)
+            names = [name for name in COMPANIONS if bundle.has(name)]
+            for name in names:
+                shutil.copyfile(bundle.file(name), folder / name)
         manifest, built = _build_all(
             graph.parent, folder, bundle.manifest, options, wanted, progress
         )

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,9 +34,9 @@ from mla_deploy.quant.compress.report import ConversionReport, LayerReport, writ
 from mla_deploy.quant.compress.report_page import write_page
 from mla_deploy.quant.compress.source import Source
 from mla_deploy.quant.compress.streams import SourceLayer, Streams, advance, carry, score
-from mla_deploy.quant.quantize import COMPANIONS
 from mla_deploy.quant.workspace import workspace
 from mla_deploy.shards import ShardWriter
+from mla_deploy.tokenizer_files import check_tokenizer_if_any, copy_to_checkpoint
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and what is being done."""
@@ -76,6 +75,7 @@ def convert_checkpoint(
     started = time.monotonic()
     opened, out = Source(source), Path(out)
     sizes = candidates(opened.config, options)
+    check_tokenizer_if_any(opened.path)
     check_output(opened.path, out, _is_ours, force=force)
     windows = calibration_windows(opened, options)
     healing = _heal_plan(opened, options)
@@ -363,9 +363,7 @@ class _Run:
             provenance,
         )
         with writing(self.folder):
-            for name in COMPANIONS:
-                if (self.source.path / name).is_file():
-                    shutil.copyfile(self.source.path / name, self.folder / name)
+            copy_to_checkpoint(self.source.path, self.folder)
             text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             (self.folder / "config.json").write_text(text, encoding="utf-8")
 

@@ -109,6 +109,42 @@ def test_a_broken_checkpoint(
     assert list(outputs.iterdir()) == []
 
 
+WORD_PIECE = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+BROKEN_TOKENIZERS: dict[str, tuple[Break, str]] = {
+    "no JSON": (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot be read"),
+    "decoder": (edit_json("tokenizer.json", decoder=WORD_PIECE), "decoder"),
+    "end token": (edit_json("tokenizer_config.json", eos_token="<gone>"), "<gone>"),
+    "template": (edit_json("tokenizer_config.json", chat_template="{% for %}"), "chat template"),
+    "end id": (edit_json("generation_config.json", eos_token_id=10**30), "no token id"),
+    "ranks": (
+        lambda folder: (folder / "tokenizer.json").rename(folder / "tiktoken.model"),
+        "words",
+    ),
+}
+"""Which `run` or `chat` would meet."""
+
+
+@pytest.mark.parametrize(
+    "command", ["quantize", "export", "build", "export --to tensorrt --onnx-only"]
+)
+@pytest.mark.parametrize("problem", BROKEN_TOKENIZERS)
+def test_a_broken_tokenizer(
+    command: str, problem: str, checkpoint: Path, outputs: Path, invoke: Invoke
+) -> None:
+    break_it, message = BROKEN_TOKENIZERS[problem]
+    break_it(checkpoint)
+    name, *options = command.split()
+    assert_users_error(invoke(name, checkpoint, "-o", outputs / "out", *options), message)
+    assert list(outputs.iterdir()) == []
+
+
+def test_quantize_without_a_tokenizer(checkpoint: Path, outputs: Path, invoke: Invoke) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (checkpoint / name).unlink()
+    result = invoke("quantize", checkpoint, "-o", outputs / "out")
+    assert result.exit_code == 0, result.output
+
+
 @pytest.mark.parametrize("command", ["export", "build"])
 def test_export_without_a_tokenizer(
     command: str, checkpoint: Path, outputs: Path, invoke: Invoke

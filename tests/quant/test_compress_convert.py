@@ -18,7 +18,7 @@ from support.sources import byte_tokenizer, random_source, random_text
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.checkpoint import Checkpoint
-from mla_deploy.errors import CheckpointError, ConfigError, OutputError, UsageError
+from mla_deploy.errors import CheckpointError, ConfigError, OutputError, TokenizerError, UsageError
 from mla_deploy.exporters.onnx import export_onnx
 from mla_deploy.families import load_config
 from mla_deploy.model import build, forward_window, load_model
@@ -66,6 +66,14 @@ def test_every_method_gives_a_whole_checkpoint(tmp_path: Path, method: str) -> N
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     assert written["held_out"]["converted_loss"] == report.held_out.converted_loss  # type: ignore[union-attr]
     assert [layer["layer"] for layer in written["layers"]] == [0, 1]
+
+
+def test_a_broken_tokenizer_stops_it_before_any_work(tmp_path: Path) -> None:
+    _, source = source_folder(tmp_path)
+    (source / "chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(TokenizerError, match="chat template"):
+        convert_checkpoint(source, tmp_path / "out", options(random_text(tmp_path)))
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_the_reported_loss_is_that_of_the_checkpoint(tmp_path: Path) -> None:
