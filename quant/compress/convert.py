@@ -64,7 +64,7 @@ def convert_checkpoint(
     failed one nothing.
 
     Args:
-        source: folder of a Hugging Face checkpoint of a family in `source.FAMILIES`.
+        source: folder of a Hugging Face checkpoint, of a type in `families.CONVERTIBLE`.
         out: folder to make.
         force: replace an earlier result. It stays until the new one is whole.
 
