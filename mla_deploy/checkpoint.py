@@ -38,6 +38,10 @@ _CHECK_VALUES = 1 << 20
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _ITEM_BYTES = {**_FLOAT_BYTES, "U8": 1}
 _FLOAT8 = "F8_E4M3"
+_RESAVE = (
+    "save it anew, where you trust it: transformers' AutoModelForCausalLM.from_pretrained(MODEL)"
+    ".save_pretrained(OUT), and copy the tokenizer"
+)
 _BYTES_IN = tuple(f".{part}" for part in SUFFIXES)
 """Ends of the names of tensors that may hold bytes: parts of quantised matrices."""
 
@@ -220,7 +224,7 @@ def _weight_files(folder: Path) -> Iterator[Path]:
                 f"{folder} holds no weights",
                 found="pickled weights, which are never loaded" if pickled else None,
                 allowed=f"{SINGLE_FILE}, or {INDEX_FILE} with its shards",
-                hint="save the model with safe_serialization" if pickled else None,
+                hint=_RESAVE if pickled else None,
             )
         yield single
         return

@@ -272,7 +272,7 @@ def test_pickled_weights_are_never_loaded(single: Path) -> None:
     (single / SINGLE_FILE).rename(single / "pytorch_model.bin")
     error = error_of(single)
     assert "pickled" in str(error.found)
-    assert "safe_serialization" in str(error.hint)
+    assert "save_pretrained" in str(error.hint)
 
 
 def test_no_weights_at_all(single: Path) -> None:
