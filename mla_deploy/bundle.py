@@ -360,10 +360,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
+        is_model = (folder / "config.json").is_file()
+        found = "a checkpoint" if is_model else "no such folder"
         raise BundleError(
             f"{folder} is not a bundle",
-            found=f"no {MANIFEST}",
-            hint="make one with `mla-deploy export MODEL -o BUNDLE`",
+            found=f"no {MANIFEST}" if folder.is_dir() and not is_model else found,
+            hint="make one of a checkpoint with `mla-deploy build MODEL -o BUNDLE`",
         )
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:

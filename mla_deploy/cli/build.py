@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,7 @@ def _text(report: BuildReport) -> str:
         ("size", f"{report.bytes:,} bytes ({table.size(report.bytes)})"),
         ("cache", f"{report.kv_bytes_per_token:,} bytes a token"),
         ("time", f"{report.seconds:.1f} s"),
-        ("next", f'mla-deploy run {report.bundle} "Once upon a time"'),
+        ("next", f'mla-deploy run {shlex.quote(str(report.bundle))} "Once upon a time"'),
     ]
     return table.pairs(entries)
 
