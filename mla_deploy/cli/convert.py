@@ -92,7 +92,7 @@ def command(
     if chosen.no_calibration:
         reporter.note("nothing is measured: expect a model that must be healed to be of use")
     with reporter.progress("converting") as progress:
-        report = convert_checkpoint(model, output, chosen, progress, force=force)
+        report = convert_checkpoint(model, output, chosen, progress, say=reporter.note, force=force)
     values = {"model": str(model), "output": str(output), **report.to_json()}
     reporter.result(values, _text(output, report))
 

@@ -30,14 +30,14 @@ from mla_deploy.quant.compress.layout import (
 )
 from mla_deploy.quant.compress.methods import LayerTask, Steps, convert_layer
 from mla_deploy.quant.compress.options import SELF, ConvertOptions
-from mla_deploy.quant.compress.partial import Partial
+from mla_deploy.quant.compress.partial import SCRATCH, Partial
 from mla_deploy.quant.compress.report import ConversionReport, LayerReport, write_json
 from mla_deploy.quant.compress.report_page import write_page
 from mla_deploy.quant.compress.source import Source
 from mla_deploy.quant.compress.streams import SourceLayer, Streams, advance, carry, score
 from mla_deploy.quant.quantize import COMPANIONS
-from mla_deploy.quant.workspace import workspace
 from mla_deploy.shards import ShardWriter
+from mla_deploy.workspace import workspace
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and what is being done."""
@@ -56,16 +56,18 @@ def convert_checkpoint(
     options: ConvertOptions,
     progress: Progress | None = None,
     *,
+    say: Callable[[str], None] | None = None,
     force: bool = False,
 ) -> ConversionReport:
     """Convert a checkpoint into a new folder.
 
-    A killed run leaves `OUT.partial`, from which the same call goes on with the next layer; a
-    failed one nothing.
+    A run that was killed, or that failed with something finished, leaves `OUT.partial`, from which
+    the same call goes on with the next layer.
 
     Args:
         source: folder of a Hugging Face checkpoint of a family in `source.FAMILIES`.
         out: folder to make.
+        say: told what the person at the terminal should know when it fails.
         force: replace an earlier result. It stays until the new one is whole.
 
     Raises:
@@ -76,10 +78,10 @@ def convert_checkpoint(
     started = time.monotonic()
     opened, out = Source(source), Path(out)
     sizes = candidates(opened.config, options)
-    check_output(opened.path, out, _is_ours, force=force)
+    output = check_output(opened.path, out, _is_ours, force=force)
     windows = calibration_windows(opened, options)
     healing = _heal_plan(opened, options)
-    with workspace(out, _job(opened, options)) as folder:
+    with workspace(output, _job(opened, options), scratch=SCRATCH, say=say) as folder:
         run = _Run(opened, options, sizes, windows, healing, folder, progress)
         report = dataclasses.replace(run.all(), seconds=time.monotonic() - started)
         write_json(report, folder)
@@ -173,7 +175,7 @@ class _Run:
     def all(self) -> ConversionReport:
         """Choose the size, convert the layers, heal, and compare."""
         self.geometry = self._choose_geometry()
-        check_space(self.folder, self.source.plain_bytes)
+        check_space(self.folder, self.source.plain_bytes - self.writer.done_bytes)
         self._copy(_outer_names(self.source))
         self.writer.flush()
         self._step(1, "embedding")
@@ -191,7 +193,6 @@ class _Run:
         self._step(1, "comparison")
         reports = self.partial.reports()
         self._write_config(reports)
-        self.partial.clear()
         return ConversionReport(
             options=self.options,
             source=self.config,
