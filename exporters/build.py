@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mla_deploy import __version__
 from mla_deploy.bundle import MANIFEST
 from mla_deploy.exporters.build_plan import BuildOptions, BuildPlan, plan_build
 from mla_deploy.exporters.onnx.export import (
@@ -25,8 +24,10 @@ from mla_deploy.exporters.onnx.export import (
 )
 from mla_deploy.exporters.tensorrt.build import check_memory
 from mla_deploy.exporters.tensorrt.export import TensorRtOptions, TensorRtReport, export_tensorrt
+from mla_deploy.job import job_of
 from mla_deploy.output import check_output, check_space
 from mla_deploy.quant.compress.convert import convert_checkpoint
+from mla_deploy.quant.compress.options import calibration_paths
 from mla_deploy.quant.compress.report import ConversionReport
 from mla_deploy.quant.compress.source import Source
 from mla_deploy.quant.hqq_source import open_source, options_of_source
@@ -239,19 +240,6 @@ def _state(is_needed: bool, is_there: bool) -> StepState:
 def _job(source: Path, options: BuildOptions) -> dict[str, Any]:
     """What must be equal for a repeated run to go on with the work of another. The target may
     change: only the export knows it."""
-    files = (
-        *sorted(file for file in source.iterdir() if file.is_file()),
-        *map(Path, options.texts),
-    )
-    return {
-        "version": __version__,
-        "source": str(source.resolve()),
-        "files": {str(file): _stamp(file) for file in files if file.is_file()},
-        "options": {**options.quantized_by(), "calibration": list(options.calibration)},
-        "target_ratio": options.target_ratio,
-    }
-
-
-def _stamp(file: Path) -> list[int]:
-    found = file.stat()
-    return [found.st_size, found.st_mtime_ns]
+    given = {**options.quantized_by(), "target_ratio": options.target_ratio}
+    given["calibration"] = calibration_paths(options.calibration)
+    return job_of("build", [source], given, map(Path, options.texts))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mla_deploy.errors import OutputError
+from mla_deploy.job import difference
 from mla_deploy.output import Output, writing
 
 JOB_FILE = "job.json"
@@ -58,8 +59,8 @@ def claimed(
     After an error it stays if a run of the same job can use what is finished, and goes if not.
 
     Args:
-        job: what is done, as JSON. A partial folder of the same job is resumed. None: nothing of
-            the work is of use to another run.
+        job: what is done, of `mla_deploy.job`. A partial folder of the same job is resumed. None:
+            nothing of the work is of use to another run.
         say: told that finished work is kept.
 
     Raises:
@@ -102,7 +103,7 @@ def _claim(partial: Path, job_file: IO[str], job: Mapping[str, Any] | None) -> N
             (partial / JOB_FILE).unlink()  # made by this run, in somebody else's folder
         raise OutputError(
             f"{partial} holds the unfinished work of another command, source or version",
-            found="no readable job.json" if before is None else _difference(before, job or {}),
+            found="no readable job.json" if before is None else difference(before, job or {}),
             hint=f"repeat that command to finish it, or remove {partial}",
         )
     with writing(partial):
@@ -139,8 +140,3 @@ def _read(recorded: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return found if isinstance(found, dict) else None
-
-
-def _difference(before: Mapping[str, Any], job: Mapping[str, Any]) -> str:
-    changed = [key for key in job if before.get(key) != job[key]]
-    return ", ".join(f"{key} {before.get(key)} instead of {job[key]}" for key in changed)

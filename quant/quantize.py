@@ -7,7 +7,6 @@ model: about one shard (128 MiB) and one matrix are held.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import time
@@ -16,11 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import mla_deploy
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
 from mla_deploy.config_reader import read_json_object
 from mla_deploy.errors import CheckpointError, ConfigError, UsageError
+from mla_deploy.job import job_of
 from mla_deploy.output import check_output, check_space, writing
 from mla_deploy.quant.cache_choice import (
     AXES_FILE,
@@ -187,7 +186,8 @@ def quantize_checkpoint(
         text = CalibrationText.read(options.calibration, source, config)
     choices: CacheChoices | None = None
     weights: WeightChoices | None = None
-    job = _job(checkpoint, raw_config, options, text)
+    texts = [Path(name) for name in options.calibration]
+    job = job_of("quantize", [source], {**dataclasses.asdict(options), "calibration": texts}, texts)
     with workspace(output, job, scratch=_SCRATCH, say=say) as folder:
         moments = None
         if text is not None:
@@ -323,28 +323,6 @@ def _is_ours(out: Path) -> bool:
         return RECIPE_KEY in read_json_object(out / "config.json")
     except ConfigError:
         return False
-
-
-def _job(
-    checkpoint: Checkpoint,
-    raw_config: Mapping[str, Any],
-    options: QuantizeOptions,
-    text: CalibrationText | None,
-) -> dict[str, Any]:
-    """What must be equal for a repeated run to go on with the work of another."""
-    files = sorted({info.file for info in checkpoint.tensors.values()})
-    times = {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
-    headers = sorted(
-        (name, info.file.name, info.dtype, info.shape) for name, info in checkpoint.tensors.items()
-    )
-    seen = json.dumps([times, headers, raw_config], sort_keys=True)
-    return {
-        "version": mla_deploy.__version__,
-        "source": str(checkpoint.path.resolve()),
-        "source_sha256": hashlib.sha256(seen.encode()).hexdigest(),
-        "options": {**dataclasses.asdict(options), "calibration": list(options.calibration)},
-        "calibration_sha256": None if text is None else text.sha256,
-    }
 
 
 def _source_bytes(checkpoint: Checkpoint, plan: Plan) -> int:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import mla_deploy
 from mla_deploy.config_reader import PROVENANCE_KEY, read_json_object
 from mla_deploy.errors import CheckpointError, ConfigError, UsageError
+from mla_deploy.job import job_of
 from mla_deploy.output import check_output, check_space, writing
 from mla_deploy.quant.compress.calibration import Windows, windows_from_model, windows_from_text
 from mla_deploy.quant.compress.geometry import Geometry, candidates
@@ -81,7 +80,9 @@ def convert_checkpoint(
     output = check_output(opened.path, out, _is_ours, force=force)
     windows = calibration_windows(opened, options)
     healing = _heal_plan(opened, options)
-    with workspace(output, _job(opened, options), scratch=SCRATCH, say=say) as folder:
+    texts = (*options.texts, *map(Path, options.heal))
+    job = job_of("convert", [opened.path], options.by_name(), texts)
+    with workspace(output, job, scratch=SCRATCH, say=say) as folder:
         run = _Run(opened, options, sizes, windows, healing, folder, progress)
         report = dataclasses.replace(run.all(), seconds=time.monotonic() - started)
         write_json(report, folder)
@@ -387,17 +388,3 @@ def _is_ours(out: Path) -> bool:
         return PROVENANCE_KEY in read_json_object(out / "config.json")
     except ConfigError:
         return False
-
-
-def _job(source: Source, options: ConvertOptions) -> dict[str, Any]:
-    """What must be equal for a repeated run to go on with the work of another."""
-    texts = {*options.texts, *map(Path, options.heal)}
-    files = sorted({info.file for info in source.tensors.values()} | texts)
-    seen = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
-    text = json.dumps([seen, source.raw_config], sort_keys=True)
-    return {
-        "version": mla_deploy.__version__,
-        "source": str(source.path.resolve()),
-        "source_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "options": json.loads(json.dumps(dataclasses.asdict(options))),
-    }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from mla_deploy.errors import UsageError
 from mla_deploy.quant.compress.methods import METHODS, QUERY_AWARE
@@ -79,6 +81,14 @@ class ConvertOptions:
         """The calibration texts that are files."""
         return tuple(Path(name) for name in self.calibration if name != SELF)
 
+    def by_name(self) -> dict[str, Any]:
+        """All of them, names of files as paths."""
+        return {
+            **dataclasses.asdict(self),
+            "calibration": calibration_paths(self.calibration),
+            "heal": [Path(name) for name in self.heal],
+        }
+
     def _check_size(self) -> None:
         sizes = [self.kv_lora_rank, self.target_ratio, self.like_paper]
         if sum(size is not None for size in sizes) != 1:
@@ -130,3 +140,8 @@ class ConvertOptions:
                 found="--no-calibration",
                 allowed=f"--no-calibration with --method {QUERY_AWARE}",
             )
+
+
+def calibration_paths(names: Iterable[str]) -> list[Path | str]:
+    """Calibration texts, those that are files as paths."""
+    return [name if name == SELF else Path(name) for name in names]

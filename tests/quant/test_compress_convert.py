@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +223,19 @@ convert.convert_checkpoint(sys.argv[1], sys.argv[2], ConvertOptions(
 """
 
 
-def test_a_killed_run_goes_on_with_the_next_layer(tmp_path: Path) -> None:
+@contextmanager
+def edited(file: Path, is_edited: bool) -> Iterator[None]:
+    """A file that means the same and is another, if it is edited."""
+    before = file.read_text()
+    if is_edited:
+        file.write_text(before + "\n")
+    yield
+    file.write_text(before)
+
+
+def test_a_killed_run_goes_on_with_the_next_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, source = source_folder(tmp_path)
     text, out = random_text(tmp_path), tmp_path / "out"
     killed = subprocess.run(
@@ -232,11 +246,17 @@ def test_a_killed_run_goes_on_with_the_next_layer(tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL
     assert not out.exists()
     chosen = options(text, target_ratio=0.5)
-    other = options(text, target_ratio=0.25)
-    with pytest.raises(OutputError, match="unfinished work of another command"):
-        convert_checkpoint(source, out, other)
+    for what, change in (
+        ("--target-ratio 0.5, not 0.25", options(text, target_ratio=0.25)),
+        ("tokenizer.json changed", chosen),
+    ):
+        with edited(source / "tokenizer.json", "tokenizer" in what):
+            with pytest.raises(OutputError, match="another command") as refused:
+                convert_checkpoint(source, out, change)
+            assert refused.value.found == what
     assert (tmp_path / "out.partial").exists()
-    resumed = convert_checkpoint(source, out, chosen)
+    monkeypatch.chdir(tmp_path)  # the same files, spelled otherwise
+    resumed = convert_checkpoint(source.name, out.name, options(Path(text.name), target_ratio=0.5))
     assert resumed.resumed_layers == 1
     whole = convert_checkpoint(source, tmp_path / "whole", chosen)
     assert whole.resumed_layers == 0
