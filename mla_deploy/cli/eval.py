@@ -89,6 +89,7 @@ def command(
     from mla_deploy.errors import UsageError
     from mla_deploy.evaluate.journal import Journal
     from mla_deploy.evaluate.report import require_matplotlib, write_report
+    from mla_deploy.job import job_of
 
     chosen = [name for name in MEASURES if options[name] is not None]
     if not chosen:
@@ -101,12 +102,7 @@ def command(
         require_matplotlib()
     inputs = _read_inputs(options)
     paths = [model] if reference is None else [model, reference]
-    job = {
-        "version": __version__,
-        "models": [str(path.resolve()) for path in paths],
-        "kernels": kernels,
-        "options": {name: str(value) for name, value in options.items() if value is not None},
-    }
+    job = job_of("eval", paths, {"kernels": kernels, **options}, _input_files(options))
     scorers = open_scorers(paths, threads, kernels)
     for chosen_kernels in {str(getattr(one, "kernels", "")) for one in scorers}:
         reporter.kernels(chosen_kernels, kernels)
@@ -145,6 +141,15 @@ def _read_inputs(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: read(options[name]) for name, read in readers.items() if options[name] is not None
     }
+
+
+def _input_files(options: Mapping[str, Any]) -> list[Path]:
+    """What is read beside the models."""
+    files = [options[name] for name in ("text", "retrieval", "questions", "examples")]
+    folder = options["task_path"]
+    return [file for file in files if file is not None] + (
+        [] if folder is None else sorted(folder.rglob("*"))
+    )
 
 
 def _text(
