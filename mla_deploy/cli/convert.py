@@ -38,9 +38,7 @@ if TYPE_CHECKING:
 @click.option(
     "--no-calibration", is_flag=True, help="Measure nothing: the weights alone. Needs healing."
 )
-@click.option(
-    "--tokens", type=int, default=1 << 16, show_default=True, help="Of calibration text, at most."
-)
+@click.option("--tokens", type=int, help="Of calibration text, at most. Default: 65536.")
 @click.option("--window", type=int, help="Tokens of a window. Default: 512, or the context.")
 @click.option(
     "--layout",

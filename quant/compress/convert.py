@@ -28,7 +28,7 @@ from mla_deploy.quant.compress.layout import (
     unchanged_names,
 )
 from mla_deploy.quant.compress.methods import LayerTask, Steps, convert_layer
-from mla_deploy.quant.compress.options import SELF, ConvertOptions
+from mla_deploy.quant.compress.options import DEFAULT_TOKENS, SELF, ConvertOptions
 from mla_deploy.quant.compress.partial import SCRATCH, Partial
 from mla_deploy.quant.compress.report import ConversionReport, LayerReport, write_json
 from mla_deploy.quant.compress.report_page import write_page
@@ -99,9 +99,10 @@ def calibration_windows(source: Source, options: ConvertOptions) -> Windows | No
     length = _window(source, options)
     if options.no_calibration:
         return None
+    tokens = options.tokens or DEFAULT_TOKENS
     if options.calibration == (SELF,):
-        return windows_from_model(source, length, options.tokens, options.seed)
-    return windows_from_text(source, options.texts, length, options.tokens, options.seed)
+        return windows_from_model(source, length, tokens, options.seed)
+    return windows_from_text(source, options.texts, length, tokens, options.seed)
 
 
 def _window(source: Source, options: ConvertOptions) -> int:

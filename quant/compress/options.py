@@ -18,6 +18,7 @@ Precision = Literal["fp32", "bf16"]
 _POSITIVE = (
     "kv_lora_rank", "qk_rope_head_dim", "like_paper", "tokens", "window", "heal_tokens",
 )  # fmt: skip
+DEFAULT_TOKENS = 1 << 16
 PAPER_HEAD_DIM, PAPER_ROPE = 128, 16
 """Of the keys in MHA2MLA's tables: the head size, and the channels of a head that stay rotary."""
 
@@ -37,8 +38,8 @@ class ConvertOptions:
     calibration: tuple[str, ...] = ()
     """Text files, or `self`. Without any, the weights alone decide (`no_calibration`)."""
     no_calibration: bool = False
-    tokens: int = 1 << 16
-    """Of calibration text, at most."""
+    tokens: int | None = None
+    """Of calibration text, at most. Default: 2^16."""
     window: int | None = None
     """Tokens of a window. Default: 512, or the model's context."""
     layout: Layout = "mla_deploy"
@@ -139,6 +140,16 @@ class ConvertOptions:
                 f"the method {self.method} needs calibration text",
                 found="--no-calibration",
                 allowed=f"--no-calibration with --method {QUERY_AWARE}",
+            )
+        given = {"--tokens": self.tokens}
+        if not self.heal:
+            given |= {"--window": self.window, "--seed": self.seed or None}
+        dead = [f"{name} {value}" for name, value in given.items() if value is not None]
+        if self.no_calibration and dead:
+            raise UsageError(
+                "no text is read, so that its options have nothing to do",
+                found=f"--no-calibration {' '.join(dead)}",
+                hint=f"leave {' and '.join(dead)} out, or measure: --calibration TEXT",
             )
 
 

@@ -183,6 +183,10 @@ def test_nothing_asked_for(tiny_mla: Path, invoke: Invoke) -> None:
         ),
         (("--weights", "auto", "--weights-budget", 5), "under a budget"),
         (
+            ("--weights", "none", "--zeros", "exact", "--group", 128),
+            "--weights none --group 128 --zeros exact",
+        ),
+        (
             ("--weights", "auto", "--weights-budget", 3, "--calibration", "TEXT"),
             "4.525 bits or more",
         ),

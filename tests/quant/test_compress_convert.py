@@ -399,6 +399,14 @@ def test_the_stock_layout_refuses_what_it_cannot_hold(
         ({"calibration": ("self", "a.txt")}, "cannot be mixed"),
         ({"calibration": (), "no_calibration": True, "method": "transmla"}, "needs calibration"),
         ({"tokens": 0}, "tokens must be positive"),
+        (
+            {"calibration": (), "no_calibration": True, "seed": 3},
+            "--no-calibration --tokens 2048 --window 64 --seed 3",
+        ),
+        (
+            {"calibration": (), "no_calibration": True, "heal": ("a.txt",), "seed": 3},
+            "--no-calibration --tokens 2048\n",
+        ),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(
