@@ -49,7 +49,9 @@ def read_quantization(value: object, origin: str) -> SourceQuantization | None:
         return None
     where = f"{origin}: quantization_config"
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{where} must be an object", found=str(value)[:80])
+        raise ConfigError(
+            f"{where} must be an object", found=str(value)[:80], hint="get config.json again"
+        )
     keys = ConfigReader(value, where, neutral=_NEUTRAL)
     method = keys.text("quant_method")
     if method != METHOD:

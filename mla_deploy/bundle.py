@@ -10,8 +10,9 @@ A bundle for the CPU computes in float32; `CudaInfo` is in the manifest of one f
 A bundle for TensorRT has, in place of the graph, an engine a GPU and an ONNX model that names it;
 `TensorRtInfo` describes them, and `mla_deploy.exporters.tensorrt.target` their inputs and outputs.
 
-A bundle is data, never code. It is read as untrusted input: paths stay inside the folder, sizes are
-checked before anything is loaded.
+A bundle is data, never code, but for TensorRT's engines, which hold code for the GPU: load those
+only from somebody you trust. Everything else is read as untrusted input: paths stay inside the
+folder, sizes are checked before anything is loaded.
 
 Graph inputs (B sequences, S new tokens padded on the right, M pages, L logits wanted a sequence):
 

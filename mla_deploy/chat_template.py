@@ -36,7 +36,9 @@ def render_template(template: str, variables: Mapping[str, Any], origin: Path) -
         return _compiled(template).render(**variables)
     except jinja2.TemplateSyntaxError as error:
         raise TokenizerError(
-            f"{what} is broken", found=f"line {error.lineno}: {error.message}"
+            f"{what} is broken",
+            found=f"line {error.lineno}: {error.message}",
+            hint="get the file again, or mend the template",
         ) from None
     except SecurityError as error:
         raise TokenizerError(

@@ -5,10 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mla_deploy.block_scales import SourceQuantization, read_quantization
-from mla_deploy.config_reader import ConfigReader, read_token_ids
+from mla_deploy.config_reader import LARGEST, ConfigReader
 from mla_deploy.errors import ConfigError
 from mla_deploy.recipe import RECIPE_KEY, Recipe
 from mla_deploy.rope_config import RopeConfig, read_rope
+
+_MOST_WIDTH, _MOST_EXPERTS = 1 << 20, 1 << 12
+_MOST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": _MOST_WIDTH,
+    "intermediate_size": _MOST_WIDTH,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 14,
+    "kv_lora_rank": _MOST_WIDTH,
+    "qk_nope_head_dim": _MOST_WIDTH,
+    "qk_rope_head_dim": _MOST_WIDTH,
+    "v_head_dim": _MOST_WIDTH,
+    "max_position_embeddings": LARGEST,
+}
+"""What is far above every model that there is: a config.json is not trusted, and modules are made
+by it before a weight is looked at."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +93,22 @@ class MlaConfig:
     """What logits are multiplied by."""
 
     def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-            "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim max_position_embeddings"
-        )
-        for name in sizes.split():
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive", found=getattr(self, name))
+        for name, most in _MOST.items():
+            _check_range(self, name, 1, most)
+        if self.q_lora_rank is not None:
+            _check_range(self, "q_lora_rank", 1, _MOST_WIDTH)
+        layers = len(self.recipe.layers)
+        if layers not in (0, self.num_hidden_layers):
+            raise ConfigError(
+                "the recipe is of another model",
+                found=f"{layers} layers",
+                allowed=f"{self.num_hidden_layers}, or none that differ",
+                hint="quantize the source model again",
+            )
         if self.qk_rope_head_dim % 2:
-            raise ConfigError("qk_rope_head_dim must be even", found=self.qk_rope_head_dim)
+            raise ConfigError(
+                "qk_rope_head_dim is odd", found=self.qk_rope_head_dim, allowed="an even number"
+            )
         if self.moe is not None:
             _check_moe(self.moe)
 
@@ -145,26 +168,40 @@ def read_common(
         qk_nope_head_dim=keys.integer("qk_nope_head_dim"),
         qk_rope_head_dim=keys.integer("qk_rope_head_dim"),
         v_head_dim=keys.integer("v_head_dim", v_head_dim),
-        rms_norm_eps=keys.number("rms_norm_eps", rms_norm_eps),
+        rms_norm_eps=keys.positive("rms_norm_eps", rms_norm_eps),
         latent_norm_eps=1e-6,
         max_position_embeddings=keys.integer("max_position_embeddings"),
         tie_word_embeddings=keys.flag("tie_word_embeddings", tie_word_embeddings),
         attention_bias=keys.flag("attention_bias", False),
         rope=read_rope(keys),
         moe=moe,
-        bos_token_id=keys.optional_integer("bos_token_id"),
-        eos_token_ids=read_token_ids(keys.get("eos_token_id")),
+        bos_token_id=keys.token_id("bos_token_id"),
+        eos_token_ids=keys.token_ids("eos_token_id"),
         source_quantization=read_quantization(keys.get("quantization_config"), keys.origin),
         recipe=Recipe.from_json(keys.get(RECIPE_KEY), keys.origin),
         rope_interleave=rope_interleave,
     )
 
 
+def _check_range(config: object, name: str, least: int, most: int) -> None:
+    value = getattr(config, name)
+    if not least <= value <= most:
+        raise ConfigError(f"{name} is out of range", found=value, allowed=f"{least} to {most}")
+
+
 def _check_moe(moe: MoeConfig) -> None:
+    _check_range(moe, "moe_intermediate_size", 1, _MOST_WIDTH)
+    for name in ("n_routed_experts", "num_experts_per_tok"):
+        _check_range(moe, name, 1, _MOST_EXPERTS)
+    for name in ("n_group", "topk_group", "moe_layer_freq"):
+        _check_range(moe, name, 1, LARGEST)
+    for name in ("n_shared_experts", "first_k_dense_replace"):
+        _check_range(moe, name, 0, LARGEST)
     if moe.n_routed_experts % moe.n_group:
         raise ConfigError(
-            "n_routed_experts must be a multiple of n_group",
+            "the experts do not divide into groups",
             found=f"{moe.n_routed_experts} experts, {moe.n_group} groups",
+            allowed="n_routed_experts a multiple of n_group",
         )
     reachable = moe.n_routed_experts // moe.n_group * moe.topk_group
     if not 0 < moe.num_experts_per_tok <= reachable:

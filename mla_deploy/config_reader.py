@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 from mla_deploy.errors import ConfigError
 
 T = TypeVar("T")
+LARGEST = 2**31 - 1
+"""Of whole numbers."""
 
 PROVENANCE_KEY = "conversion"
 """How `mla-deploy convert` made a model."""
@@ -42,16 +45,22 @@ class ConfigReader:
         self.origin = origin
 
     def integer(self, key: str, default: int | None = None) -> int:
-        return self._typed(key, int, default)
+        value = self._typed(key, int, default)
+        if abs(value) > LARGEST:
+            raise self._out_of_range(key, value, f"-{LARGEST} to {LARGEST}")
+        return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        return float(self._typed(key, (int, float), default))
+        value = self._typed(key, (int, float), default)
+        if not _is_number(value):
+            raise self._out_of_range(key, value, "a number that a float can hold")
+        return float(value)
 
     def positive(self, key: str, default: float | None = None) -> float:
         """A number above zero."""
         value = self.number(key, default)
         if not 0 < value < math.inf:
-            raise ConfigError(f"{self.origin}: {key} must be positive", found=value)
+            raise self._out_of_range(key, value, "above 0")
         return value
 
     def flag(self, key: str, default: bool | None = None) -> bool:
@@ -73,6 +82,17 @@ class ConfigReader:
                 allowed=f"{count} positive numbers, {which}",
             )
         return tuple(float(one) for one in value)
+
+    def token_id(self, key: str) -> int | None:
+        """A token id, if there is one."""
+        value = self.get(key)
+        return None if value is None else self._token_id(key, value)
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """A token id, a list of them, or none."""
+        value = self.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        return tuple(self._token_id(key, one) for one in ids)
 
     def get(self, key: str) -> Any:
         """The raw value, or None; counts as read."""
@@ -99,12 +119,25 @@ class ConfigReader:
                 "(CONTRIBUTING.md)",
             )
 
+    def _token_id(self, key: str, value: Any) -> int:
+        if type(value) is not int or not 0 <= value <= LARGEST:
+            raise ConfigError(
+                f"{self.origin}: {key} holds what is no token id",
+                found=str(value)[:40],
+                allowed=f"0 to {LARGEST}",
+            )
+        return value
+
+    def _out_of_range(self, key: str, value: float, allowed: str) -> ConfigError:
+        what = f"{self.origin}: {key} is out of range"
+        return ConfigError(what, found=str(value)[:40], allowed=allowed)
+
     def _typed(self, key: str, kind: type[T] | tuple[type, ...], default: Any) -> Any:
         value = self.get(key)
         if value is None:
             value = default
         if value is None:
-            raise ConfigError(f"{self.origin}: {key} is missing")
+            raise ConfigError(f"{self.origin}: {key} is missing", hint="get the file again")
         is_bool_for_number = isinstance(value, bool) and kind is not bool
         if not isinstance(value, kind) or is_bool_for_number:
             expected = kind.__name__ if isinstance(kind, type) else "number"
@@ -128,19 +161,18 @@ def read_json_object(file: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{file} does not exist", hint="name the folder of a Hugging Face checkpoint"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{file} cannot be read as JSON", found=error) from None
+    except (OSError, ValueError, RecursionError) as error:  # no UTF-8, no JSON, a huge integer
+        raise ConfigError(
+            f"{file} cannot be read as JSON", found=error, hint="get the file again"
+        ) from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{file} must hold an object", found=type(raw).__name__)
+        raise ConfigError(
+            f"{file} holds no object", found=type(raw).__name__, hint="get the file again"
+        )
     return raw
 
 
-def read_token_ids(value: Any) -> tuple[int, ...]:
-    """A token id, a list of them, or none."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
-
-
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value < math.inf
+    """Whether it is one that a float can hold."""
+    is_kind = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_kind and abs(value) <= sys.float_info.max

@@ -60,6 +60,10 @@ class BundleError(MlaError):
     """A bundle whose manifest or files are not what they should be."""
 
 
+class GraphError(BundleError):
+    """A graph that this ONNX Runtime, with the operator library if any, cannot load."""
+
+
 class SessionError(MlaError):
     """A request that a generation session cannot serve."""
 

@@ -99,13 +99,17 @@ class Inspection:
 
 
 def inspect_model(
-    path: Path | str, recipes: Mapping[str, RecipeFor] | None = None, *, verify: bool = False
+    path: Path | str,
+    recipes: Callable[[], Mapping[str, RecipeFor]] = dict,
+    *,
+    verify: bool = False,
 ) -> Inspection:
     """Look at a checkpoint's folder, a config.json, or a bundle.
 
     Args:
         path: one of the three.
         recipes: weight formats whose bytes are wanted, by name: the recipe each means for a model.
+            Not asked for a bundle.
         verify: hash all files of a bundle, however large; compare the tensors of a checkpoint with
             what the config asks for.
 
@@ -119,7 +123,7 @@ def inspect_model(
         source = source.parent
     if (source / MANIFEST).exists():
         return _inspect_bundle(source, verify)
-    return _inspect_config(source, recipes or {}, verify)
+    return _inspect_config(source, recipes(), verify)
 
 
 def context_that_fits(memory_bytes: int, weight_bytes: int, kv_bytes_per_token: int) -> int:

@@ -6,11 +6,13 @@ kept in float32, so that it serves as the reference.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from mla_deploy.errors import ConfigError
 
@@ -20,11 +22,14 @@ CALIBRATION_FILE = "calibration.json"
 """Beside config.json: what `quantize` measured of the cache; `eval --report` draws it."""
 WEIGHT_BITS_FILE = "weight_bits.json"
 """The same of the matrices."""
+_AS_WRITTEN = ConfigDict(extra="forbid", strict=True)
 
 
 @dataclass(frozen=True)
 class WeightFormat:
     """How one kind of matrix is stored; `mla_deploy.packing` has the layout."""
+
+    __pydantic_config__ = _AS_WRITTEN
 
     bits: int
     """4 or 8."""
@@ -48,6 +53,8 @@ class WeightFormat:
 class LayerRecipe:
     """What one layer has of its own, where layers differ."""
 
+    __pydantic_config__ = _AS_WRITTEN
+
     cache_format: str
     latent_rotation: int | None
     balanced: bool
@@ -58,6 +65,8 @@ class LayerRecipe:
 @dataclass(frozen=True)
 class Recipe:
     """What was done to a checkpoint. None for a kind of matrix: kept in floating point."""
+
+    __pydantic_config__ = _AS_WRITTEN
 
     cache_format: str = "fp32"
     linear: WeightFormat | None = None
@@ -112,6 +121,12 @@ class Recipe:
         """
         if raw is None:
             return cls()
+        if not isinstance(raw, Mapping):
+            raise ConfigError(
+                f"{origin}: the recipe must be an object",
+                found=str(raw)[:80],
+                hint="quantize the source model again",
+            )
         values = dict(raw)
         version = values.pop("version", None)
         if version != RECIPE_VERSION:
@@ -122,16 +137,11 @@ class Recipe:
                 hint="quantize the source model again with this mla-deploy",
             )
         try:
-            layers = [LayerRecipe(**_formats(one)) for one in values.pop("layers", ())]
-            return cls(**_formats(values), layers=tuple(layers))
-        except TypeError as error:
-            raise ConfigError(f"{origin}: the recipe cannot be read", found=error) from None
-
-
-def _formats(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a recipe with its weight formats read."""
-    kinds = {"linear", "experts", "embedding", "lm_head"}
-    return {
-        name: WeightFormat(**value) if name in kinds and value is not None else value
-        for name, value in raw.items()
-    }
+            return TypeAdapter(cls).validate_json(json.dumps(values))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise ConfigError(
+                f"{origin}: the recipe cannot be read",
+                found=f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
+                hint="quantize the source model again with this mla-deploy",
+            ) from None

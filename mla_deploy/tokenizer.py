@@ -10,11 +10,8 @@ May be imported by the runtime: needs neither torch nor transformers.
 
 from __future__ import annotations
 
-import codecs
-import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ import tokenizers
 from mla_deploy.bundle import Bundle
 from mla_deploy.chat_template import render_template
 from mla_deploy.errors import TokenizerError, UsageError
+from mla_deploy.spelling import Spelling, StreamDecoder
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -57,7 +55,7 @@ class Tokenizer:
         self._templates = templates
         self._origin = origin
         self._special_tokens = _special_tokens(config)
-        self._spelling = _Spelling.read(tokenizer, origin)
+        self._spelling = Spelling.read(tokenizer, f"{origin / TOKENIZER}")
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = self._named("bos_token")
         self.eos_token_ids = self._eos_token_ids(generation_config)
@@ -136,17 +134,13 @@ class Tokenizer:
 
     def stream(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
         """A decoder that takes one token at a time."""
-        return StreamDecoder(self, skip_special_tokens)
+        skipped = self.special_token_ids if skip_special_tokens else frozenset()
+        return StreamDecoder(self.token_bytes, skipped, self._spelling.leading_spaces_dropped)
 
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8 bytes of one token, perhaps only a part of a character; none for unknown ids."""
         token = self._tokenizer.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
         return b"" if token is None else self._spelling.token_bytes(token)
-
-    @property
-    def leading_spaces_dropped(self) -> int:
-        """Spaces that decoding takes off the start of a text (SentencePiece puts one there)."""
-        return self._spelling.leading_spaces_dropped
 
     @property
     def has_chat_template(self) -> bool:
@@ -246,106 +240,6 @@ class Tokenizer:
         named = self._named("eos_token")
         # A dict, not a set: the order is kept.
         return tuple(dict.fromkeys([*([] if named is None else [named]), *ids]))
-
-
-class StreamDecoder:
-    """Decodes a text token by token: every character comes out with the token that completes it.
-
-    A character may be spread over several tokens; its bytes wait here until it is whole. Bytes that
-    cannot become a character any more come out as U+FFFD, with the next byte at the latest. What
-    was put out so far is always a prefix of `Tokenizer.decode` of the tokens so far.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._spaces_to_drop = tokenizer.leading_spaces_dropped
-
-    def push(self, token_id: int) -> str:
-        """The text that this token completes; may be empty."""
-        if token_id in self._skipped:
-            return ""
-        return self._strip_start(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
-
-    def finish(self) -> str:
-        """What is left when no token follows: U+FFFD for half a character, else nothing."""
-        return self._strip_start(self._utf8.decode(b"", final=True))
-
-    def _strip_start(self, text: str) -> str:
-        while text and self._spaces_to_drop:
-            if text[0] != " ":
-                self._spaces_to_drop = 0
-                break
-            text = text[1:]
-            self._spaces_to_drop -= 1
-        return text
-
-
-@dataclass(frozen=True)
-class _Spelling:
-    """How the tokens of a vocabulary are spelt: the `decoder` of tokenizer.json."""
-
-    byte_level: bool
-    byte_fallback: bool
-    replacements: tuple[tuple[str, str], ...]
-    leading_spaces_dropped: int
-
-    @classmethod
-    def read(cls, tokenizer: tokenizers.Tokenizer, origin: Path) -> _Spelling:
-        state = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {}
-        byte_level = byte_fallback = False
-        replacements: list[tuple[str, str]] = []
-        dropped = 0
-        for step in state.get("decoders", [state]):
-            match step:
-                case {"type": "ByteLevel"}:
-                    byte_level = True
-                case {"type": "ByteFallback"}:
-                    byte_fallback = True
-                case {"type": "Fuse"}:
-                    pass
-                case {"type": "Replace", "pattern": {"String": pattern}, "content": content}:
-                    replacements.append((pattern, content))
-                case {"type": "Strip", "content": " ", "start": start, "stop": 0}:
-                    dropped = start
-                case {"type": "Metaspace", "replacement": pattern}:
-                    replacements.append((pattern, " "))
-                    dropped = 0 if step.get("prepend_scheme") == "never" else 1
-                case _:
-                    raise TokenizerError(
-                        f"the decoder in {origin / TOKENIZER} is not supported",
-                        found=json.dumps(step) if step else "no decoder",
-                        allowed="ByteLevel, ByteFallback, Fuse, Replace, Strip, Metaspace",
-                    )
-        return cls(byte_level, byte_fallback, tuple(replacements), dropped)
-
-    def token_bytes(self, token: str) -> bytes:
-        if self.byte_level:
-            table = _byte_level_table()
-            if all(character in table for character in token):
-                return bytes(table[character] for character in token)
-        elif self.byte_fallback and len(token) == 6 and token[:3] == "<0x" and token[5] == ">":
-            try:
-                return bytes.fromhex(token[3:5])
-            except ValueError:
-                pass
-        for pattern, content in self.replacements:
-            token = token.replace(pattern, content)
-        return token.encode("utf-8", errors="replace")
-
-
-@functools.cache
-def _byte_level_table() -> dict[str, int]:
-    """The printable characters in which byte-level BPE spells the 256 bytes (GPT-2, 2019).
-
-    Printable Latin-1 stands for itself; the other bytes, in order, for U+0100 and on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    table.update({chr(0x100 + index): byte for index, byte in enumerate(others)})
-    return table
 
 
 def _flagged(ids: list[int], token_id: int | None, flag: object) -> list[int]:

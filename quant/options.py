@@ -139,7 +139,11 @@ class QuantizeOptions:
                 hint=f"for instance: {option} auto {option}-budget {example} --calibration TEXT",
             )
         if budget is not None and not 0 < budget < math.inf:
-            raise UsageError("a budget is a number above 0", found=f"{option}-budget {budget:g}")
+            raise UsageError(
+                "a budget is out of range",
+                found=f"{option}-budget {budget:g}",
+                allowed="a number above 0",
+            )
 
     @property
     def allocated(self) -> tuple[Kind, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mla_deploy.errors import SessionError
 from mla_deploy.runtime import _runtime
 from mla_deploy.runtime.native import require_engine
 
@@ -26,3 +27,10 @@ class Cancellation:
     def requested(self) -> bool:
         """Whether `request` was called."""
         return self.core.requested
+
+
+class CancelledError(SessionError):
+    """A call that a `Cancellation` stopped."""
+
+    def __init__(self) -> None:
+        super().__init__("the call was cancelled")

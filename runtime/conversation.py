@@ -121,14 +121,10 @@ class Conversation(Closing):
         self._begin()
         prompt = self._prompt(self._messages, text)
         self._check_room(prompt)
-        if self._is_tensorrt:  # whose generations know no cancellation
-            generation = self._engine.stream(prompt, self.options, session=self._session)
-            answer = Answer(self, generation, cancellation)
-        else:
-            generation = self._engine.stream(
-                prompt, self.options, session=self._session, cancellation=cancellation
-            )
-            answer = Answer(self, generation)
+        generation = self._engine.stream(
+            prompt, self.options, session=self._session, cancellation=cancellation
+        )
+        answer = Answer(self, generation)
         self._messages.append(_message("user", text))
         self._answer = answer
         return answer
@@ -149,15 +145,15 @@ class Conversation(Closing):
 
     def save(self, path: Path | str) -> None:
         """Write the conversation: the messages as JSON to `path`, the cache to `path` with
-        `.session` behind it, from which `load` goes on without computing it again.
+        `.session` behind it, from which `load` goes on without computing it again. The cache of
+        TensorRT's engines stays where it is (`Engine.saves_sessions`).
 
         Both files are unencrypted.
 
         Raises:
             OutputError: a file cannot be written.
-            SessionError: the conversation is closed, or the bundle is of TensorRT.
+            SessionError: the conversation is closed.
         """
-        self._refuse_tensorrt("saved")
         self._begin()
         path = Path(path)
         text = json.dumps(
@@ -167,7 +163,8 @@ class Conversation(Closing):
         )
         # The messages last: they alone say what was said. A cache of other messages is only of
         # less use, as every prompt is compared with the tokens in it.
-        self._session.save(_cache_of(path))
+        if self._engine.saves_sessions:
+            self._session.save(_cache_of(path))
         partial = path.with_name(f".{path.name}.partial")
         with writing(path):
             try:
@@ -186,17 +183,16 @@ class Conversation(Closing):
 
         Raises:
             SessionError: a file cannot be read or is damaged, the cache is of another bundle or
-                does not fit, or the bundle is of TensorRT.
+                does not fit.
             TokenizerError: the chat template refuses the conversation.
         """
-        self._refuse_tensorrt("loaded")
         self._begin()
         path = Path(path)
         messages = _read(path)
         self._prompt(messages, "?")
         cache = _cache_of(path)
         self._session.rewind(0)  # room for the other
-        if is_there := cache.exists():
+        if is_there := self._engine.saves_sessions and cache.exists():
             try:
                 loaded = self._engine.load_session(cache)
             except SessionError as error:
@@ -237,19 +233,6 @@ class Conversation(Closing):
         if self._answer is not None:
             self._answer.close()
 
-    @property
-    def _is_tensorrt(self) -> bool:
-        return self._engine.bundle.manifest.target == "tensorrt"
-
-    def _refuse_tensorrt(self, what: str) -> None:
-        if self._is_tensorrt:
-            raise SessionError(
-                f"a conversation with a bundle of TensorRT cannot be {what}",
-                found=f"an engine for {self._engine.bundle.manifest.graph.lowering}",
-                allowed="bundles that run on ONNX Runtime",
-                hint="keep a copy of the messages",
-            )
-
     def _keep(self, messages: Messages) -> None:
         """Forget all others, in the cache too."""
         same = self._prompt(messages, "?")
@@ -282,19 +265,14 @@ class Answer(Closing, Iterator[Event]):
         self,
         conversation: Conversation,
         generation: Generation,
-        cancellation: Cancellation | None = None,
     ) -> None:
-        """cancellation: looked at between tokens, for a generation that does not itself."""
         self._conversation: Conversation | None = conversation
         self._generation = generation
-        self._cancellation = cancellation
 
     def __next__(self) -> Event:
         if self._conversation is None:
             raise StopIteration
         try:
-            if self._cancellation is not None and self._cancellation.requested:
-                raise StopIteration
             return next(self._generation)
         except BaseException:  # StopIteration among them
             self.close()

@@ -136,7 +136,7 @@ class CudaKernels:
 
     @property
     def targets(self) -> str:
-        """The architectures that the library holds, such as `sm_80 sm_90 compute_120`."""
+        """The architectures that the library holds, such as `sm_80 sm_90 compute_90`."""
         return str(self._library.mla_cuda_targets().decode())
 
     def check_device(self) -> None:

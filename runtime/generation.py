@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from mla_deploy.runtime import _runtime
 from mla_deploy.runtime.cancellation import Cancellation
 from mla_deploy.runtime.closing import Closing
-from mla_deploy.runtime.native import token_array
 from mla_deploy.runtime.options import GenerationOptions
 from mla_deploy.runtime.statistics import Statistics
 from mla_deploy.runtime.writing import Event, FinishReason, Writing
@@ -37,6 +36,20 @@ class GenerationResult:
     statistics: Statistics
 
 
+class TokenSource(Protocol):
+    """Makes the tokens of a generation; `_runtime.Generation` is one."""
+
+    def next(
+        self, cancellation: _runtime.Cancellation | None = None
+    ) -> tuple[int, Literal["eos", "length", "context"] | None] | None:
+        """Make a token, the first one after computing the prompt; the token, and why it is the
+        last one if it is. None: it was cancelled."""
+
+    def result(self) -> tuple[int, float, float, int]:
+        """So far: tokens of the prompt found in the cache, milliseconds of prefill and of decoding,
+        bytes of the session's pages."""
+
+
 class Generation(Closing, Iterator[Event]):
     """A generation under way: an iterator of events, made by `Engine.stream`.
 
@@ -47,7 +60,7 @@ class Generation(Closing, Iterator[Event]):
     def __init__(
         self,
         engine: Engine,
-        prompt: Sequence[int],
+        prompt: list[int],
         options: GenerationOptions,
         session: Session | None,
         cancellation: Cancellation | None,
@@ -73,16 +86,10 @@ class _Loop:
     """The state of a generation, and the loop over its tokens."""
 
     def __init__(
-        self, engine: Engine, prompt: Sequence[int], options: GenerationOptions, session: Session
+        self, engine: Engine, prompt: list[int], options: GenerationOptions, session: Session
     ) -> None:
-        self._core: _runtime.Generation | None = _runtime.Generation(
-            session.core,
-            token_array(prompt),
-            options.sampling(),
-            sorted(engine.eos_token_ids),
-            options.max_tokens,
-        )
-        self._took = self._core.result()
+        self._source: TokenSource | None = engine.token_source(session, prompt, options)
+        self._took = self._source.result()
         self._prompt_tokens = len(prompt)
         self._writing = Writing(engine, options.stop)
         self._tokens: list[int] = []
@@ -91,8 +98,8 @@ class _Loop:
         self._finish_reason: FinishReason | None = None
 
     def result(self) -> GenerationResult:
-        core = self._core
-        reused, prefill_ms, decode_ms, cache_bytes = self._took if core is None else core.result()
+        took = self._took if self._source is None else self._source.result()
+        reused, prefill_ms, decode_ms, cache_bytes = took
         statistics = Statistics(
             prompt_tokens=self._prompt_tokens,
             reused_tokens=reused,
@@ -109,14 +116,14 @@ class _Loop:
         self, session: Session | None, cancellation: Cancellation | None
     ) -> Generator[Event, None, None]:
         """session: the caller's, if it is one."""
-        core = self._core
-        assert core is not None
+        source = self._source
+        assert source is not None
         flag = None if cancellation is None else cancellation.core
         try:
             while self._finish_reason is None:
                 if session is not None:
-                    session.core  # noqa: B018 - raises if it was closed meanwhile
-                made = core.next(flag)
+                    session.check_open()  # it may have been closed meanwhile
+                made = source.next(flag)
                 if made is None:
                     self._finish_reason = "cancelled"
                     return
@@ -125,8 +132,8 @@ class _Loop:
                 self._text_seconds += time.perf_counter() - start
                 yield event
         finally:
-            self._took = core.result()
-            self._core = None  # and with it the session, if nobody else has it
+            self._took = source.result()
+            self._source = None  # and with it the session, if nobody else has it
 
     def _event(self, token: int, reason: FinishReason | None) -> Event:
         self._tokens.append(token)

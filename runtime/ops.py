@@ -54,8 +54,8 @@ class Kernels:
     reason: str = ""
 
     @property
-    def name(self) -> Literal["native", "stock"]:
-        """ "native" or "stock"."""
+    def name(self) -> Literal["native", "stock", "TensorRT"]:
+        """ "native", "stock", or "TensorRT" in an engine of it."""
         return "stock" if self.library is None else "native"
 
     def __str__(self) -> str:

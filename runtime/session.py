@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import abc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mla_deploy.errors import SessionError
-from mla_deploy.runtime import _runtime
 from mla_deploy.runtime.cancellation import Cancellation
 from mla_deploy.runtime.closing import Closing
-from mla_deploy.runtime.native import Integers, Logits, token_array
+from mla_deploy.runtime.native import Integers, Logits
 
 if TYPE_CHECKING:
     from mla_deploy.runtime.engine import Engine
@@ -24,47 +22,36 @@ class Session(Closing):
     may share one; what they do to it then comes in any order.
     """
 
-    def __init__(self, engine: Engine, core: _runtime.Session) -> None:
-        """Use `Engine.session` or `fork`."""
-        self.engine = engine
-        self._core: _runtime.Session | None = core
+    engine: Engine
+
+    @abc.abstractmethod
+    def check_open(self) -> None:
+        """Raise a SessionError if the session is closed."""
 
     @property
-    def core(self) -> _runtime.Session:
-        """The session in C++.
-
-        Raises:
-            SessionError: the session is closed.
-        """
-        core = self._core
-        if core is None:
-            raise SessionError("the session is closed", hint="make another with Engine.session()")
-        return core
-
-    @property
+    @abc.abstractmethod
     def length(self) -> int:
         """Tokens in the cache."""
-        return 0 if self.closed else self.core.length
 
     @property
+    @abc.abstractmethod
     def tokens(self) -> tuple[int, ...]:
         """The tokens in the cache."""
-        return () if self.closed else tuple(self.core.tokens())
 
     @property
+    @abc.abstractmethod
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._core is None
 
     @property
+    @abc.abstractmethod
     def room(self) -> int:
         """Tokens that can be added now: the model's context and the free pages allow so many."""
-        return 0 if self.closed else self.core.room
 
     @property
+    @abc.abstractmethod
     def cache_bytes(self) -> int:
         """Bytes of this session's pages, those shared with forks included."""
-        return 0 if self.closed else self.core.cache_bytes
 
     def prefill(
         self,
@@ -85,13 +72,13 @@ class Session(Closing):
         """Append one token; the logits after it, [vocab_size]. Errors: as `Engine.step`."""
         return self.prefill([token_id])
 
+    @abc.abstractmethod
     def rewind(self, length: int) -> None:
         """Forget all tokens but the first `length`; their pages are free again.
 
         Raises:
             SessionError: the session is closed, or does not hold as many tokens.
         """
-        self.core.rewind(length)
 
     def rewind_to_prefix(self, ids: Sequence[int]) -> int:
         """Forget what differs from `ids`; how many tokens of them stay.
@@ -105,14 +92,15 @@ class Session(Closing):
         self.rewind(same)
         return same
 
+    @abc.abstractmethod
     def common_prefix(self, ids: Sequence[int] | Integers) -> int:
         """How many tokens of `ids` the session holds at its start.
 
         Raises:
             SessionError: the session is closed.
         """
-        return self.core.common_prefix(token_array(ids))
 
+    @abc.abstractmethod
     def fill_by_copies(self, length: int) -> None:
         """Grow to `length` tokens without computing: whole pages of the cache are repeated.
 
@@ -121,16 +109,16 @@ class Session(Closing):
         Raises:
             SessionError: the session is closed, holds less than a page, or the cache is full.
         """
-        self.core.fill_by_copies(length)
 
+    @abc.abstractmethod
     def fork(self) -> Session:
         """Another session with the same tokens; takes no memory until one of them goes on.
 
         Raises:
-            SessionError: the session is closed.
+            SessionError: the session is closed, or the engine holds one session at a time.
         """
-        return Session(self.engine, self.core.fork())
 
+    @abc.abstractmethod
     def save(self, path: Path | str) -> None:
         """Write the session to a file that `Engine.load_session` reads.
 
@@ -138,11 +126,7 @@ class Session(Closing):
         alone, unencrypted.
 
         Raises:
-            SessionError: the session is closed, or a generation is under way on it.
+            SessionError: the session is closed, a generation is under way on it, or the engine
+                knows no such files (`Engine.saves_sessions`).
             OutputError: the file cannot be written.
         """
-        self.core.save(os.fsencode(path))
-
-    def close(self) -> None:
-        """Give the memory back, once calls in other threads have ended. May be called again."""
-        self._core = None

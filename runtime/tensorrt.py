@@ -1,8 +1,8 @@
-"""Running a bundle of TensorRT engines: the session API of `engine.py` over `tensorrt_graph.py`.
+"""Running a bundle of TensorRT engines: `Engine` and `Session` over `tensorrt_graph.py`.
 
 An engine computes one sequence at a time. With the plugin the cache is of pages, and there may be
 several sessions and forks; a step for several computes one after the other. Without it there is one
-session. Files of sessions are not to be had.
+session. Sessions are not kept in files.
 """
 
 from __future__ import annotations
@@ -10,22 +10,25 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.errors import SessionError, UsageError
-from mla_deploy.runtime.bundle_text import BundleText
-from mla_deploy.runtime.closing import Closing
-from mla_deploy.runtime.generation import GenerationResult
-from mla_deploy.runtime.native import Logits, token_array
+from mla_deploy.runtime import _runtime
+from mla_deploy.runtime.engine import Engine, Request
+from mla_deploy.runtime.generation import TokenSource
+from mla_deploy.runtime.native import Integers, Logits, token_array
+from mla_deploy.runtime.ops import Kernels
 from mla_deploy.runtime.options import GenerationOptions
+from mla_deploy.runtime.session import Session
 from mla_deploy.runtime.tensorrt_cache import Place
 from mla_deploy.runtime.tensorrt_device import open_engine
-from mla_deploy.runtime.tensorrt_generation import TensorRtGeneration
 from mla_deploy.runtime.tensorrt_graph import TensorRtGraph
+from mla_deploy.runtime.tensorrt_tokens import TensorRtTokens
 
 
 def load_tensorrt(bundle: Bundle, max_tokens: int | None) -> TensorRtEngine:
@@ -38,20 +41,19 @@ def load_tensorrt(bundle: Bundle, max_tokens: int | None) -> TensorRtEngine:
     return TensorRtEngine(bundle, TensorRtGraph(bundle.manifest, device, execution, max_tokens))
 
 
-@dataclass(frozen=True)
-class EngineKernels:
-    """What computes latent attention, in place of `Kernels`."""
+class EngineKernels(Kernels):
+    """What computes latent attention in an engine."""
 
-    name: str = "TensorRT"
-    library: None = None
-    reason: str = "the engine brings its own"
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.reason})"
+    @property
+    def name(self) -> Literal["TensorRT"]:
+        return "TensorRT"
 
 
-class TensorRtEngine(BundleText):
-    """A loaded bundle; attributes and methods as those of `Engine`."""
+class TensorRtEngine(Engine):
+    """A step for several sessions computes one after the other."""
+
+    batches = False
+    saves_sessions = False
 
     def __init__(self, bundle: Bundle, graph: TensorRtGraph) -> None:
         self.bundle = bundle
@@ -60,43 +62,20 @@ class TensorRtEngine(BundleText):
         self.cache = graph.cache
         self.capacity_tokens = graph.capacity
         self.kv_bytes_per_token = graph.bytes_per_token
-        self.kernels = EngineKernels()
+        self.kernels = EngineKernels(None, "the engine brings its own")
+
+    @property
+    def free_tokens(self) -> int:
+        return self.cache.free_tokens
 
     def session(self) -> TensorRtSession:
-        """An empty session; without the plugin a SessionError while another is open."""
         with self.lock:
             return TensorRtSession(self, self.cache.open())
 
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        options: GenerationOptions | None = None,
-        *,
-        session: TensorRtSession | None = None,
-    ) -> GenerationResult:
-        """Continue a prompt. Arguments and errors: as `Engine.stream`."""
-        generation = self.stream(prompt, options, session=session)
-        for _ in generation:
-            pass
-        return generation.result
-
-    def stream(
-        self,
-        prompt: str | Sequence[int],
-        options: GenerationOptions | None = None,
-        *,
-        session: TensorRtSession | None = None,
-    ) -> TensorRtGeneration:
-        """Continue a prompt, one event a token. Arguments and errors: as `Engine.stream`."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        if session is not None:
-            session.check_open()
-        return TensorRtGeneration(
-            self, self.check_ids(ids), options or GenerationOptions(), session
-        )
+    def load_session(self, path: Path | str) -> Session:
+        raise _no_files(path)
 
     def check_ids(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> list[int]:
-        """The ids as a list; UsageError unless they are token ids of this model."""
         vocab_size = self.bundle.manifest.model.vocab_size
         array = token_array(ids)
         if not len(array):
@@ -112,46 +91,43 @@ class TensorRtEngine(BundleText):
         flat: list[int] = array.tolist()
         return flat
 
-    def step(
-        self,
-        requests: Sequence[tuple[TensorRtSession, Sequence[int]]],
-        *,
-        all_logits: bool = False,
-        positions: Sequence[Sequence[int]] | None = None,
+    def token_source(
+        self, session: Session, prompt: list[int], options: GenerationOptions
+    ) -> TokenSource:
+        self._own(session)
+        return TensorRtTokens(session, prompt, options)
+
+    def append(
+        self, requests: Sequence[Request], cancellation: _runtime.Cancellation | None
     ) -> list[Logits]:
-        """Append tokens to sessions, one after the other. Arguments, result and errors: as
-        `Engine.step`."""
-        if all_logits and positions is not None:
-            raise UsageError("all_logits and positions exclude each other")
-        if positions is not None and len(positions) != len(requests):
-            raise UsageError(
-                "every request needs its list of positions",
-                found=len(positions),
-                allowed=len(requests),
-            )
-        if len({id(session) for session, _ in requests}) < len(requests):
-            raise UsageError("a session is given twice")
+        if len({id(session) for session, *_ in requests}) < len(requests):
+            raise UsageError("a session is given twice", hint="give each its tokens in one request")
         with self.lock:
-            several = [(session, self._check_request(session, ids)) for session, ids in requests]
+            several = [(self._own(session), self.check_ids(ids)) for session, ids, _ in requests]
             self._check_room(several)
-            wanted = [
-                _wanted(len(ids), all_logits, None if positions is None else positions[index])
-                for index, (_, ids) in enumerate(several)
-            ]
+            for (_, ids), (*_, wanted) in zip(several, requests, strict=True):
+                _check_positions(wanted, len(ids))
+            lengths = [session.length for session, _ in several]
             results = []
-            for (session, ids), at in zip(several, wanted, strict=True):
-                order = sorted(set(at))
-                rows = self._graph.append(session.place, ids, session.length, order)
-                session.appended(ids)
-                logits = rows[[order.index(one) for one in at]]
-                results.append(logits if all_logits or positions is not None else logits[0])
+            try:
+                for (session, ids), (*_, wanted) in zip(several, requests, strict=True):
+                    order, at = np.unique(wanted, return_inverse=True)
+                    rows = self._graph.append(
+                        session.place, ids, session.length, order.tolist(), cancellation
+                    )
+                    session.appended(ids)
+                    results.append(rows[at])
+            except BaseException:
+                for (session, _), length in zip(several, lengths, strict=True):
+                    session.rewind(length)
+                raise
             return results
 
-    def _check_request(self, session: TensorRtSession, ids: Sequence[int]) -> list[int]:
-        if session.engine is not self:
-            raise UsageError("the session is of another engine")
+    def _own(self, session: Session) -> TensorRtSession:
+        if not isinstance(session, TensorRtSession) or session.engine is not self:
+            raise UsageError("the session is of another engine", hint="use one of this engine")
         session.check_open()
-        return self.check_ids(ids)
+        return session
 
     def _check_room(self, requests: Sequence[tuple[TensorRtSession, list[int]]]) -> None:
         """Before the first of them changes."""
@@ -177,68 +153,58 @@ class TensorRtEngine(BundleText):
         self._graph.close()
 
 
-def _wanted(count: int, all_logits: bool, positions: Sequence[int] | None) -> list[int]:
-    """Which of the new tokens' logits."""
-    if all_logits:
-        return list(range(count))
-    if positions is None:
-        return [count - 1]
-    if any(not 0 <= at < count for at in positions):
+def _check_positions(wanted: Integers, count: int) -> None:
+    outside = wanted[(wanted < 0) | (wanted >= count)]
+    if len(outside):
         raise UsageError(
             "a position is not among the new tokens",
-            found=list(positions),
+            found=outside[0],
             allowed=f"0 to {count - 1}",
         )
-    return list(positions)
 
 
-class TensorRtSession(Closing):
-    """A sequence in the cache; methods as those of `Session`."""
+def _no_files(path: Path | str) -> SessionError:
+    return SessionError(
+        "the sessions of TensorRT's engines are not kept in files",
+        found=path,
+        allowed="bundles that run on ONNX Runtime",
+        hint="keep the tokens, and compute them again",
+    )
+
+
+class TensorRtSession(Session):
+    """A place in the cache, and the tokens that are there."""
 
     def __init__(self, engine: TensorRtEngine, place: Place, tokens: Sequence[int] = ()) -> None:
         """Use `TensorRtEngine.session` or `fork`."""
-        self.engine = engine
+        self.engine: TensorRtEngine = engine
         self.place = place
         self._tokens = list(tokens)
         self._give_back = weakref.finalize(self, engine.cache.close, place)
 
     @property
     def length(self) -> int:
-        """Tokens in the cache."""
         return len(self._tokens)
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The tokens in the cache."""
         return tuple(self._tokens)
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called."""
         return not self._give_back.alive
 
     @property
     def room(self) -> int:
-        """Tokens that can be added now."""
         context = self.engine.bundle.manifest.model.max_position_embeddings
         room = self.engine.cache.room(self.place, self.length)
         return max(0, min(context - self.length, room))
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of this session's rows."""
         return int(self.length * self.engine.kv_bytes_per_token)
 
-    def prefill(self, ids: Sequence[int], *, all_logits: bool = False) -> Logits:
-        """Append tokens; the logits after the last one, or after each."""
-        return self.engine.step([(self, ids)], all_logits=all_logits)[0]
-
-    def decode(self, token_id: int) -> Logits:
-        """Append one token; the logits after it, [vocab_size]."""
-        return self.prefill([token_id])
-
     def rewind(self, length: int) -> None:
-        """Forget all tokens but the first `length`."""
         self.check_open()
         if not 0 <= length <= self.length:
             raise SessionError(
@@ -248,18 +214,13 @@ class TensorRtSession(Closing):
             self.engine.cache.trim(self.place, length)
             del self._tokens[length:]
 
-    def rewind_to_prefix(self, ids: Sequence[int]) -> int:
-        """Forget what differs from `ids`; how many tokens of them stay."""
-        same = 0
-        for held, wanted in zip(self._tokens, ids, strict=False):
-            if held != wanted:
-                break
-            same += 1
-        self.rewind(same)
-        return same
+    def common_prefix(self, ids: Sequence[int] | Integers) -> int:
+        self.check_open()
+        wanted = token_array(ids)[: self.length]
+        differs = np.flatnonzero(wanted != token_array(self._tokens[: len(wanted)]))
+        return int(differs[0]) if len(differs) else len(wanted)
 
     def fill_by_copies(self, length: int) -> None:
-        """Grow to `length` tokens without computing: the rows there are repeated. For measuring."""
         self.check_open()
         whole = self.length
         if length <= whole:
@@ -273,14 +234,13 @@ class TensorRtSession(Closing):
             self._tokens = (self._tokens * -(-length // whole))[:length]
 
     def fork(self) -> TensorRtSession:
-        """Another session with the same tokens; takes no memory until one of them goes on.
-
-        Raises:
-            SessionError: the session is closed, or the engine has no plugin.
-        """
         self.check_open()
         with self.engine.lock:
             return TensorRtSession(self.engine, self.engine.cache.fork(self.place), self._tokens)
+
+    def save(self, path: Path | str) -> None:
+        self.check_open()
+        raise _no_files(path)
 
     def close(self) -> None:
         """Give the cache back. Closing again does nothing."""
@@ -289,7 +249,6 @@ class TensorRtSession(Closing):
             self._tokens.clear()
 
     def check_open(self) -> None:
-        """Raise a SessionError if the session is closed."""
         if self.closed:
             raise SessionError("the session is closed", hint="make another with Engine.session()")
 

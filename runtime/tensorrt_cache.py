@@ -43,6 +43,10 @@ class Cache(Protocol):
     bytes_per_token: int
 
     @property
+    def free_tokens(self) -> int:
+        """Tokens of room that no session uses."""
+
+    @property
     def free(self) -> int:
         """What `needed` counts, as far as no session has it."""
 

@@ -9,6 +9,8 @@ import numpy as np
 
 from mla_deploy.bundle import Manifest, ProfileInfo
 from mla_deploy.errors import SessionError
+from mla_deploy.runtime import _runtime
+from mla_deploy.runtime.cancellation import CancelledError
 from mla_deploy.runtime.native import Logits
 from mla_deploy.runtime.tensorrt_cache import Cache, Device, Place
 from mla_deploy.runtime.tensorrt_pages import PageCache
@@ -72,18 +74,27 @@ class TensorRtGraph:
             "logits": self._logits,
         }
 
-    def append(self, place: Place, ids: Sequence[int], past: int, wanted: Sequence[int]) -> Logits:
+    def append(
+        self,
+        place: Place,
+        ids: Sequence[int],
+        past: int,
+        wanted: Sequence[int],
+        cancellation: _runtime.Cancellation | None = None,
+    ) -> Logits:
         """Append tokens behind the first `past` of a session.
 
         Args:
             place: of the session in the cache.
             wanted: positions in `ids`, rising, whose logits are wanted.
+            cancellation: looked at before every chunk.
 
         Returns:
             logits [len(wanted), vocab_size].
 
         Raises:
             SessionError: the cache has no room for them.
+            CancelledError: it was requested; the rows behind `past` are worth nothing then.
         """
         room = self.cache.room(place, past)
         if len(ids) > room:
@@ -96,6 +107,8 @@ class TensorRtGraph:
         result = np.empty((len(wanted), self._vocab_size), dtype=np.float32)
         start, filled = 0, 0
         while start < len(ids):
+            if cancellation is not None and cancellation.requested:
+                raise CancelledError
             count = min(self._chunk, len(ids) - start)
             here = [at - start for at in wanted[filled:] if at < start + count]
             if len(here) > self._most_logits:  # a shorter step, so that all its logits fit

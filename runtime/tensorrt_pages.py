@@ -107,6 +107,11 @@ class PageCache:
         return max(0, more) + self._must_copy(place, length)
 
     @property
+    def free_tokens(self) -> int:
+        """In pages that no session has."""
+        return len(self._free) * self._page
+
+    @property
     def free(self) -> int:
         """Pages that no session has."""
         return len(self._free)

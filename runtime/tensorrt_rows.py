@@ -105,6 +105,11 @@ class RowCache:
         }
 
     @property
+    def free_tokens(self) -> int:
+        """All while there is no session."""
+        return 0 if self._taken else self._capacity
+
+    @property
     def free(self) -> int:
         """Rows: those behind the session's tokens are free whatever they hold."""
         return self._capacity

@@ -15,6 +15,7 @@ from mla_deploy import __version__
 from mla_deploy.bundle import (
     FORMAT_VERSION,
     MANIFEST,
+    Bundle,
     CacheInfo,
     CachePartInfo,
     CudaInfo,
@@ -140,14 +141,19 @@ def require_tokenizer(source: Path) -> None:
         )
 
 
-def copy_tokenizer(source: Path, folder: Path) -> list[str]:
+def copy_tokenizer(source: Path | Bundle, folder: Path) -> list[str]:
     """Copy tokenizer, chat template, generation config, and what a calibration measured; gives the
-    names that were there."""
-    wanted = (*TOKENIZER_FILES, CALIBRATION_FILE, WEIGHT_BITS_FILE)
-    names = [name for name in wanted if (source / name).is_file()]
-    for name in names:
-        shutil.copyfile(source / name, folder / name)
-    return names
+    names that were there. Of a bundle, only what its manifest lists."""
+    copied = []
+    for name in (*TOKENIZER_FILES, CALIBRATION_FILE, WEIGHT_BITS_FILE):
+        if isinstance(source, Bundle):
+            file = source.file(name) if source.has(name) else None
+        else:
+            file = source / name
+        if file is not None and file.is_file():
+            shutil.copyfile(file, folder / name)
+            copied.append(name)
+    return copied
 
 
 def model_info(config: MlaConfig) -> ModelInfo:

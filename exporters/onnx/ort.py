@@ -1,4 +1,4 @@
-"""Lowerings of the deployment ops for ONNX Runtime, table `ort1.22`.
+"""Lowerings of the deployment ops for ONNX Runtime, table `ort1.31`.
 
 The only place that knows how ONNX Runtime spells them. Operators of the domain `com.microsoft` are
 described in ONNX Runtime's ContribOperators.md.
@@ -34,7 +34,9 @@ from mla_deploy.exporters.onnx.ort_weights import (
 from mla_deploy.exporters.onnx.translate import Context, Lowering, Weight
 from mla_deploy.exporters.onnx.weights import exact_zero_chunks, plain_chunks
 
-NAME = "ort1.22"
+NAME = "ort1.31"
+"""Experts are QMoE with weights of its router, which the CPU has from that version on. Without them
+and with the operator library 1.24 does, with standard operators 1.27."""
 ops = torch.ops.mla_deploy
 
 

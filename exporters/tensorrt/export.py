@@ -221,13 +221,19 @@ def check_options(options: TensorRtOptions) -> Capability:
             hint="name it with --target, or write the graph alone with --onnx-only",
         )
     if len(set(options.targets)) < len(options.targets):
-        raise UsageError("a GPU is named twice", found=", ".join(options.targets))
+        raise UsageError(
+            "a GPU is named twice", found=", ".join(options.targets), hint="name each once"
+        )
     for target in options.targets:
         check_target(target, wanted)
     if options.dtype == "bf16" and "sm75" in options.targets:
         raise UsageError("sm75 has no bfloat16", found="--dtype bf16", allowed="fp16, fp32")
     if options.plugin and "sm75" in options.targets:
-        raise UsageError("the plugin's kernels need sm80 or later", found="--target sm75")
+        raise UsageError(
+            "the plugin has no kernels for this GPU",
+            found="--target sm75",
+            allowed="sm80 and later",
+        )
     return wanted
 
 
@@ -293,7 +299,7 @@ def _build_bundle(
     _check_room(out, bundle.file(f"{GRAPH_FILE}.data").stat().st_size, options)
     with workspace(output) as folder:
         with writing(folder):
-            names = copy_tokenizer(source, folder)
+            names = copy_tokenizer(bundle, folder)
         manifest, built = _build_all(
             graph.parent, folder, bundle.manifest, options, wanted, progress
         )

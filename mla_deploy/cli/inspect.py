@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from mla_deploy.cli.options import PATH, MemorySize
 from mla_deploy.cli.reporter import Reporter, reporting
 
 if TYPE_CHECKING:
-    from mla_deploy.inspection import CacheCost, Inspection
+    from mla_deploy.inspection import CacheCost, Inspection, RecipeFor
 
 _QUANTIZED = {
     "fp8": "The weights are in float8: `quantize`, `convert` and `eval` read them as they are.",
@@ -37,11 +38,16 @@ def command(reporter: Reporter, model: Path, memory: int | None, verify: bool) -
 
     MODEL is a checkpoint, a config.json alone, or a bundle.
     """
-    from mla_deploy.cli.weights import WEIGHT_RECIPES
     from mla_deploy.inspection import inspect_model
 
-    found = inspect_model(model, WEIGHT_RECIPES, verify=verify)
+    found = inspect_model(model, _weight_recipes, verify=verify)
     reporter.result(_values(found, memory), _text(found, memory))
+
+
+def _weight_recipes() -> Mapping[str, RecipeFor]:
+    from mla_deploy.cli.weights import WEIGHT_RECIPES
+
+    return WEIGHT_RECIPES
 
 
 def _values(found: Inspection, memory: int | None) -> dict[str, Any]:

@@ -58,7 +58,9 @@ def read_questions(path: Path) -> list[Question]:
             )
         found.append(Question(str(entry["question"]), str(entry["answer"])))
     if not found:
-        raise UsageError(f"{path} holds no questions")
+        raise UsageError(
+            f"{path} holds no questions", allowed="a line of JSON for each, as GSM8K has them"
+        )
     return found
 
 

@@ -68,7 +68,9 @@ def read_text(path: Path | str) -> str:
         ) from None
     text = decode_text(raw, f"the text {file}")
     if not text.strip():
-        raise UsageError(f"the text {file} is empty", found=f"{len(raw)} bytes")
+        raise UsageError(
+            f"the text {file} is empty", found=f"{len(raw)} bytes", hint="name a UTF-8 text file"
+        )
     return text
 
 
@@ -100,7 +102,9 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             raw = file.read(MAX_FILE_BYTES + 1)
     except (OSError, EOFError) as error:
         raise UsageError(
-            f"{path} cannot be read", found=getattr(error, "strerror", None) or error
+            f"{path} cannot be read",
+            found=getattr(error, "strerror", None) or error,
+            hint="name a file of JSON lines, which may be compressed as .gz",
         ) from None
     if len(raw) > MAX_FILE_BYTES:
         raise UsageError(f"{path} is too large", allowed=f"{MAX_FILE_BYTES} bytes")
@@ -109,7 +113,11 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except ValueError as error:
-                raise UsageError(f"{path}, line {number}, is not JSON", found=error) from None
+                raise UsageError(
+                    f"{path}, line {number}, is not JSON",
+                    found=error,
+                    allowed="an object on each line",
+                ) from None
 
 
 def encode_text(tokenizer: Tokenizer, text: str, max_tokens: int | None = None) -> Corpus:

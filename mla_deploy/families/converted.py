@@ -119,7 +119,9 @@ class Converted(Family):
         config = read_common(keys, moe=None)
         if config.q_lora_rank is not None:
             raise ConfigError(
-                f"{keys.origin}: a converted model has no q_lora_rank", found=config.q_lora_rank
+                f"{keys.origin}: a converted model has no q_lora_rank",
+                found=config.q_lora_rank,
+                hint="convert the model again",
             )
         frequencies = _frequencies(inv_freq, config, keys.origin)
         return replace(

@@ -110,7 +110,7 @@ class ConvertOptions:
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"{name} must be positive", found=value)
+                raise UsageError(f"{name} is out of range", found=value, allowed="1 or more")
 
     def _check_healing(self) -> None:
         names = ("heal_tokens", "device", "precision")

@@ -12,7 +12,7 @@ import torch
 
 from mla_deploy.block_scales import read_quantization
 from mla_deploy.checkpoint import TensorFolder, refuse_quantized
-from mla_deploy.config_reader import ConfigReader, read_json_object, read_token_ids
+from mla_deploy.config_reader import ConfigReader, read_json_object
 from mla_deploy.errors import CheckpointError, ConfigError
 from mla_deploy.families import families
 
@@ -183,8 +183,8 @@ def read_source_config(raw: Mapping[str, Any], origin: str) -> SourceConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         layers_without_rope=_layers_without_rope(keys, str(kind), layers),
-        bos_token_id=keys.optional_integer("bos_token_id"),
-        eos_token_ids=read_token_ids(keys.get("eos_token_id")),
+        bos_token_id=keys.token_id("bos_token_id"),
+        eos_token_ids=keys.token_ids("eos_token_id"),
     )
     keys.finish()
     return config

@@ -21,7 +21,7 @@ from mla_deploy.runtime.engine import Engine
 from mla_deploy.runtime.serve import http
 from mla_deploy.runtime.serve.answers import Answer, ChatAnswer, CompletionAnswer, usage
 from mla_deploy.runtime.serve.errors import ApiError, in_one_line
-from mla_deploy.runtime.serve.http import EventStream, Inbox, read_body, while_connected
+from mla_deploy.runtime.serve.http import EventStream, Inbox, host_name, read_body, while_connected
 from mla_deploy.runtime.serve.job import Job, Piece
 from mla_deploy.runtime.serve.scheduler import STOPPED, FullError, Scheduler, StoppedError
 from mla_deploy.runtime.serve.schema import (
@@ -105,7 +105,7 @@ class Service:
     async def _check_host(self, request: Request) -> None:
         """A page of another site whose name was made to lead here calls us by that name."""
         hosts = self._settings.hosts
-        if hosts is not None and request.url.hostname not in hosts:
+        if hosts is not None and host_name(request.headers.get("host", "")) not in hosts:
             raise ApiError(403, "the server answers to its own address only, unless it has a key")
 
     async def _check_key(self, request: Request) -> None:

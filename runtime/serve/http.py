@@ -1,9 +1,10 @@
-"""Bodies, streams, and clients that leave."""
+"""Hosts, bodies, streams, and clients that leave."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
@@ -20,7 +21,15 @@ SILENT_SECONDS = 15
 """After which a stream says that it is still there: clients and proxies give up on a silent one,
 and a long prompt takes minutes on a small machine."""
 
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]*)?", re.ASCII)
+
 Result = TypeVar("Result")
+
+
+def host_name(header: str) -> str | None:
+    """The name or address in a Host header; None where it is anything else than that and a port."""
+    match = _HOST.fullmatch(header.lower())
+    return None if match is None else match[1] or match[2]
 
 
 async def read_body(request: Request) -> bytes:

@@ -20,7 +20,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from mla_deploy.errors import MlaError, SessionError
-from mla_deploy.runtime.engine import PREFILL_CHUNK, Engine
+from mla_deploy.runtime.engine import Engine
+from mla_deploy.runtime.loading import PREFILL_CHUNK
 from mla_deploy.runtime.native import Logits
 from mla_deploy.runtime.options import GenerationOptions
 from mla_deploy.runtime.serve.job import Job, Listener, Piece
@@ -145,8 +146,11 @@ class Scheduler:
                 self._round()
             except Exception as error:  # a bug of ours must not end the server
                 log.exception("a round of the scheduler failed")
+                failure = SessionError(
+                    "the server failed", found=type(error).__name__, hint="see the server's log"
+                )
                 for job in [*self._decoding, *self._prefilling] or [*self._waiting][:1]:
-                    self._fail(job, SessionError("the server failed", found=type(error).__name__))
+                    self._fail(job, failure)
             self._tell()
         for job in [*self._decoding, *self._prefilling, *self._waiting]:
             self._fail(job, STOPPED)

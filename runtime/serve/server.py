@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 QUEUE_PER_SLOT = 4
 """Requests that may wait for each sequence that can be under way."""
 
+SPARE_CONNECTIONS = 64
+"""Besides those of requests that are under way or wait: each may bring a body before it waits."""
+
 CLOSING_SECONDS = 5
 """After the last answer has ended, for connections to close."""
 
@@ -106,7 +109,7 @@ class Server:
             UsageError: the bundle is one of TensorRT engines.
             TokenizerError: it has no tokenizer.
         """
-        if not isinstance(engine, Engine):
+        if not engine.batches:
             raise UsageError(
                 "a bundle of TensorRT engines cannot be served",
                 found="engines that compute one sequence at a time",
@@ -127,7 +130,8 @@ class Server:
             api_key=options.api_key,
             hosts=LOCAL_NAMES | {host} if is_local and options.api_key is None else None,
         )
-        self._uvicorn = _uvicorn_server(Service(engine, settings))
+        most = settings.parallel + settings.queue + SPARE_CONNECTIONS
+        self._uvicorn = _uvicorn_server(Service(engine, settings), most)
 
     def run(self) -> None:
         """Serve until Ctrl-C, SIGTERM or `stop`; requests under way are then ended.
@@ -157,7 +161,7 @@ _OPEN = (
 )
 
 
-def _uvicorn_server(service: Service) -> uvicorn.Server:
+def _uvicorn_server(service: Service, most_connections: int) -> uvicorn.Server:
     import uvicorn
 
     class StoppingServer(uvicorn.Server):
@@ -175,6 +179,7 @@ def _uvicorn_server(service: Service) -> uvicorn.Server:
             log_config=None,
             access_log=False,
             server_header=False,
+            limit_concurrency=most_connections,
             timeout_graceful_shutdown=CLOSING_SECONDS,
         )
     )

@@ -15,6 +15,8 @@ from click.testing import Result
 
 from mla_deploy.runtime import load
 
+TEXT = str(Path(__file__).parents[2] / "examples" / "text" / "three-essays.txt")
+
 Invoke = Callable[..., Result]
 ValuesOf = Callable[..., dict[str, Any]]
 
@@ -137,10 +139,21 @@ def test_run_with_json_prints_one_object_as_a_process(bundle: Path) -> None:
     assert "4 generated" in found.stderr
 
 
-def test_run_needs_no_torch(bundle: Path) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "{}", "one", "-n", "1"), ("inspect", "{}", "--verify"),
+        ("bench", "{}", "--depth", "0", "--prompt-tokens", "8", "-r", "1", "-n", "2"),
+        ("eval", "{}", "--text", TEXT, "--max-tokens", "40"),
+    ],
+    ids=lambda command: command[0],
+)  # fmt: skip
+def test_a_bundle_needs_what_runs_it_and_no_more(bundle: Path, command: tuple[str, ...]) -> None:
+    words = [word.format(bundle) for word in command]
     code = (
-        "import sys\nsys.modules['torch'] = None\nfrom mla_deploy.cli import main\n"
-        f"main(['run', {str(bundle)!r}, 'one', '-n', '1'])"
+        "import sys\nsys.modules.update(dict.fromkeys("
+        "('torch', 'onnx', 'onnx_ir', 'safetensors', 'transformers')))\n"
+        f"from mla_deploy.cli import main\nmain({words!r})"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr

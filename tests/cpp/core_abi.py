@@ -50,6 +50,7 @@ STATUS = (
     "CONTEXT_FULL", "BAD_SESSION_FILE", "FILE_ERROR", "OUT_OF_MEMORY", "BUSY", "CANCELLED",
     "MODEL_FAILED", "INTERNAL", "BAD_TOKENIZER", "UNSUPPORTED", "BUFFER_TOO_SMALL", "NOT_FOUND",
     "TOO_COMPLEX",
+    "BAD_GRAPH",
 )  # fmt: skip
 FINISH = ("none", "eos", "stop", "length", "context", "callback", "cancelled")
 CALLBACK = ctypes.CFUNCTYPE(c_int, c_void_p, c_int32)

@@ -199,6 +199,26 @@ def test_the_cache_is_written_in_place(bundles: dict[str, Path]) -> None:
         assert session.length == 251
 
 
+def test_a_step_that_fails_in_its_midst_changes_no_session(bundles: dict[str, Path]) -> None:
+    graph = host_graph(bundles["int4"])
+    engine = TensorRtEngine(Bundle.open(bundles["int4"]), graph)
+    with engine.session() as first, engine.session() as second:
+        engine.step([(first, [5, 6]), (second, [7])])
+        free, append = engine.free_tokens, graph.append
+        ended = iter((False, True))
+
+        def fail_second(*arguments: Any) -> Any:
+            if next(ended):
+                raise SessionError("the GPU is gone")
+            return append(*arguments)
+
+        graph.append = fail_second  # type: ignore[method-assign]
+        with pytest.raises(SessionError, match="gone"):
+            engine.step([(first, [1] * 70), (second, [2])])
+        assert (first.tokens, second.tokens) == ((5, 6), (7,))
+        assert engine.free_tokens == free
+
+
 def test_sessions_and_forks_share_the_pages(bundles: dict[str, Path]) -> None:
     """Whatever they share, each gives the logits that it gives alone."""
     engine = TensorRtEngine(Bundle.open(bundles["int4"]), host_graph(bundles["int4"]))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mla_deploy.errors import ConfigError
 from mla_deploy.families import load_config
@@ -52,6 +55,10 @@ MINICPM3_4B = {
     "scale_depth": 1.4,
 }
 """The keys of openbmb/MiniCPM3-4B; its factors are equal in both lists too."""
+LAYER = {
+    "cache_format": "int4", "latent_rotation": None, "balanced": False, "linear": None,
+    "experts": None,
+}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -103,16 +110,29 @@ def test_an_unknown_key_is_named(tiny_mla: Path, tmp_path: Path) -> None:
         ({"kv_lora_rank": ...}, "kv_lora_rank is missing"),
         ({"kv_lora_rank": "128"}, "kv_lora_rank has the wrong type"),
         ({"kv_lora_rank": True}, "kv_lora_rank has the wrong type"),
-        ({"kv_lora_rank": 0}, "kv_lora_rank must be positive"),
-        ({"qk_rope_head_dim": 31}, "qk_rope_head_dim must be even"),
+        ({"kv_lora_rank": 0}, "kv_lora_rank is out of range"),
+        ({"q_lora_rank": -1}, "q_lora_rank is out of range"),
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers is out of range"),
+        ({"moe_layer_freq": 0}, "moe_layer_freq is out of range"),
+        ({"moe_intermediate_size": -4}, "moe_intermediate_size is out of range"),
+        ({"n_routed_experts": 1 << 20}, "n_routed_experts is out of range"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps is out of range"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is out of range"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, "rope_theta is out of range"),
+        ({"bos_token_id": -1}, "bos_token_id holds what is no token id"),
+        ({"bos_token_id": [1]}, "bos_token_id holds what is no token id"),
+        ({"eos_token_id": "a"}, "eos_token_id holds what is no token id"),
+        ({"eos_token_id": [1, 2**31]}, "eos_token_id holds what is no token id"),
+        ({"quantization_config": "fp8"}, "quantization_config must be an object"),
+        ({"qk_rope_head_dim": 31}, "qk_rope_head_dim is odd"),
         ({"num_key_value_heads": 2}, "num_key_value_heads has a value that is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act has a value that is not supported"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok does not fit"),
-        ({"n_group": 3}, "multiple of n_group"),
+        ({"n_group": 3}, "do not divide into groups"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope scaling is not supported"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "embeddings is missing"),
-        ({"rope_parameters": YARN | {"factor": 0}}, "factor must be positive"),
-        ({"rope_parameters": YARN | {"beta_slow": -1.0}}, "beta_slow must be positive"),
+        ({"rope_parameters": YARN | {"factor": 0}}, "factor is out of range"),
+        ({"rope_parameters": YARN | {"beta_slow": -1.0}}, "beta_slow is out of range"),
         ({"rope_parameters": YARN | {"original_max_position_embeddings": 1}}, "too small"),
         ({"rope_parameters": longrope(4095)}, "other factors from 4095 tokens on"),
         ({"rope_parameters": longrope(long_factor=[1.0] * 15)}, "long_factor is not such a list"),
@@ -120,7 +140,7 @@ def test_an_unknown_key_is_named(tiny_mla: Path, tmp_path: Path) -> None:
         ({"rope_parameters": longrope(short_factor=[True] * 16)}, "short_factor is not such"),
         ({"rope_parameters": longrope(long_factor=[float("inf")] * 16)}, "long_factor is not such"),
         ({"rope_parameters": longrope(short_factor=2.0)}, "short_factor has the wrong type"),
-        ({"rope_parameters": longrope(attention_factor=float("nan"))}, "attention_factor must be"),
+        ({"rope_parameters": longrope(attention_factor=float("nan"))}, "attention_factor is out"),
         ({"rope_parameters": longrope(beta_fast=32)}, "rope scaling has keys"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "factor is missing"),
         ({"rope_parameters": {"rope_theta": 1e4, "truncate": False}}, "rope scaling has keys"),
@@ -128,10 +148,15 @@ def test_an_unknown_key_is_named(tiny_mla: Path, tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": None}}, "rope scaling is not supported"),
         ({"rope_parameters": "yarn"}, "rope scaling has the wrong type"),
         ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope scaling is not supported"),
-        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta must be positive"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is out of range"),
         ({"mla_deploy": {"version": 99}}, "recipe is of another version"),
         ({"mla_deploy": {"version": 1, "colour": "red"}}, "recipe cannot be read"),
         ({"mla_deploy": {"version": 1, "linear": {"bits": 5, "group": 64}}}, "this bits"),
+        ({"mla_deploy": {"version": 1, "linear": {"bits": "4", "group": 64}}}, "cannot be read"),
+        ({"mla_deploy": {"version": 1, "balanced": 1}}, "recipe cannot be read"),
+        ({"mla_deploy": {"version": 1, "layers": [LAYER]}}, "recipe is of another model"),
+        ({"mla_deploy": {"version": 1, "layers": [{}]}}, "recipe cannot be read"),
+        ({"mla_deploy": [1]}, "recipe must be an object"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -142,7 +167,33 @@ def test_a_bad_value_is_reported(
         load_config(changed(tiny_mla, tmp_path, **changes))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "\xff"], ids=range(5))
+VALUES = (
+    None, True, -1, 0, 1, 2**31, 10**400, 0.5, -1e308, float("nan"), float("inf"), "", "a", [], [1],
+    {}, {"type": "yarn"}, {"quant_method": 5},
+)  # fmt: skip
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.sampled_from(sorted(MINICPM3_4B)), value=st.sampled_from(VALUES))
+def test_whatever_a_value_is_it_is_read_or_reported(key: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**MINICPM3_4B, key: value}))
+    with suppress(ConfigError):
+        assert count_parameters(load_config(tmp_path)) > 0
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_the_same_with_experts(data: st.DataObject, tiny_mla: Path, tmp_path: Path) -> None:
+    raw = json.loads((tiny_mla / "config.json").read_text())
+    key = data.draw(st.sampled_from([*sorted(raw), "quantization_config", "moe_layer_freq"]))
+    value = data.draw(st.sampled_from(VALUES))
+    with suppress(ConfigError):
+        assert count_parameters(load_config(changed(tiny_mla, tmp_path, **{key: value}))) > 0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "[" * 100_000, "\xff", '{"vocab_size": ' + "1" * 5000], ids=range(6)
+)
 def test_a_broken_file_is_reported(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError):

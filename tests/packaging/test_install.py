@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
 import pytest
+import tomllib
 
 import mla_deploy
 from mla_deploy.runtime import _runtime
@@ -142,3 +144,12 @@ def test_the_wheel_holds_the_rooms_and_no_sources(tmp_path: Path) -> None:
         )
     suffixes = {Path(name).suffix for name in files if name.startswith("mla_deploy/")}
     assert suffixes <= {".py", ".pyi", ".typed", ".so"}, "C++ sources belong to the sdist only"
+
+
+def test_what_runs_bundles_is_the_rest_of_what_is_depended_on() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "runtime" / "requirements.txt").read_text().splitlines()
+    wanted = {line for line in lines if not line.startswith("#")}
+    left_out = {"onnx", "onnx-ir", "safetensors", "torch"}
+    held = {one for one in project["dependencies"] if re.split("[<>=]", one)[0] not in left_out}
+    assert wanted == held | set(project["optional-dependencies"]["cpu"])

@@ -398,7 +398,7 @@ def test_the_stock_layout_refuses_what_it_cannot_hold(
         ({"no_calibration": True}, "what to calibrate on"),
         ({"calibration": ("self", "a.txt")}, "cannot be mixed"),
         ({"calibration": (), "no_calibration": True, "method": "transmla"}, "needs calibration"),
-        ({"tokens": 0}, "tokens must be positive"),
+        ({"tokens": 0}, "tokens is out of range"),
         (
             {"calibration": (), "no_calibration": True, "seed": 3},
             "--no-calibration --tokens 2048 --window 64 --seed 3",

@@ -362,8 +362,12 @@ def toy_engine(toy: Toy) -> Engine:
 
 
 @pytest.fixture
-def one_torch_thread() -> Iterator[None]:
-    """For oracles of many small products, which threads only slow down."""
+def one_torch_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For oracles of many small products, which threads only slow down. Those of tests on a GPU
+    are larger, and keep theirs."""
+    if request.node.get_closest_marker("gpu"):
+        yield
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -155,7 +155,7 @@ def test_damaged_and_missing_files_are_found(api: Api, own_toy: Any) -> None:
     outside.unlink()
     graph.write_bytes(b"no graph")
     own_toy.seal()
-    assert status_of(api.engine, own_toy.path) == "BAD_BUNDLE"
+    assert status_of(api.engine, own_toy.path) == "BAD_GRAPH"
     graph.write_bytes(whole)
     own_toy.seal()
     api.engine(own_toy.path).close()

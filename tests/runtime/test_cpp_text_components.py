@@ -152,7 +152,7 @@ def test_regular_expressions_mean_the_same(pattern: str) -> None:
     "pattern",
     [
         r"\bword", r"(a)\1", r"\Ga", r"\Ka", r"\Xa", r"\Ra", r"[[:alpha:]]", r"(?<n>a)\k<n>", r"a**", r"(?x: a )", r"a(?i)b",
-        r"\p{Alphabetic}", r"[a", r"(a", r"a)", r"a]", r"[]", r"*a", r"^*", r"\xff", r"[b-a]", r"\p{L", "\\", r"(?#c)", r"a{2}?", r"[\d-a]", r"[\w-\d]",
+        r"\p{Alphabetic}", r"\p{Ō}", r"[a", r"(a", r"a)", r"a]", r"[]", r"*a", r"^*", r"\xff", r"[b-a]", r"\p{L", "\\", r"(?#c)", r"a{2}?", r"[\d-a]", r"[\w-\d]",
         r"(?(1)a)", r"\Qa\E", "(" * 60 + ")" * 60, r"a{99999}", r"\cA", r"\C", r"(*FAIL)",
     ],
 )  # fmt: skip

@@ -17,7 +17,7 @@ from support.cuda import build_emulation
 
 from mla_deploy.cache import cache_record
 from mla_deploy.runtime import cuda
-from mla_deploy.runtime.cuda import AttentionSizes, CudaError, CudaKernels
+from mla_deploy.runtime.cuda import MODES, AttentionSizes, CudaError, CudaKernels
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc")
@@ -57,6 +57,29 @@ def test_the_other_kernels_spill_none_either(
     found = resources.measure(NVCC, source, target)
     assert len(found) == {"latent_attention": 9, "expanded": 7}[source]
     assert not any(kernel.spill_bytes for kernel in found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc 13")
+@pytest.mark.parametrize(
+    ("targets", "built_for"),
+    [
+        ([], "sm_80 sm_86 sm_87 sm_89 sm_90 sm_110 sm_120 compute_90 compute_120"),
+        (["80", "90"], "sm_80 sm_90 compute_90"),
+        (["87"], "sm_87 compute_87"),
+    ],
+    ids=str,
+)
+def test_ptx_is_kept_for_devices_between_and_after_the_targets(
+    tmp_path: Path, targets: list[str], built_for: str
+) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("there is no cmake")
+    command = ["cmake", "-S", ROOT / "runtime", "-B", tmp_path, "-DMLA_CUDA=ON", "-DMLA_OPS=OFF"]
+    command += ["-DMLA_PYTHON=OFF", "-DMLA_ENGINE=OFF"]
+    command += [f"-DMLA_CUDA_TARGETS={';'.join(targets)}"] if targets else []
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"libmla_deploy_cuda.so is built for {built_for}\n" in done.stdout
 
 
 def test_a_report_of_ptxas_is_read(resources: ModuleType) -> None:
@@ -119,17 +142,23 @@ def test_a_bound_of_the_workspace_holds_for_smaller_calls(cache_format: str) -> 
         assert not kernels._library.mla_cuda_workspace_bound(call, ctypes.byref(found))
         return found.value
 
-    def draw(most: int) -> int:
-        return int(torch.randint(1, most + 1, ()))
+    def draw(most: int, least: int = 1) -> int:
+        return int(torch.randint(least, most + 1, ()))
 
+    without_pages = AttentionSizes(
+        batch=1, steps=300, table_pages=0, heads=1, nope=128, rank=512, rope=64, v=128,
+        cache_format=cache_format, mode="expanded",
+    )  # fmt: skip
+    assert kernels.workspace_bytes(without_pages) <= bound(without_pages)
     for _ in range(200):
         sizes = AttentionSizes(
-            batch=draw(4), steps=draw(300), table_pages=draw(600), heads=draw(128), nope=16,
+            batch=draw(4), steps=draw(300), table_pages=draw(600, 0), heads=draw(128), nope=16,
             rank=256 * draw(2), rope=16 * draw(4), v=8, cache_format=cache_format,
+            mode=MODES[draw(2, 0)],
         )  # fmt: skip
         smaller = dataclasses.replace(
             sizes, batch=draw(sizes.batch), steps=draw(sizes.steps),
-            table_pages=draw(sizes.table_pages),
+            table_pages=draw(sizes.table_pages, 0),
         )  # fmt: skip
         assert kernels.workspace_bytes(smaller) <= bound(smaller) <= bound(sizes)
 

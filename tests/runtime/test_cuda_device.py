@@ -125,7 +125,7 @@ def test_python_says_that_there_are_no_kernels(
 
 def test_python_gives_what_the_engine_says(own_toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     library = double_library()
-    monkeypatch.setattr("mla_deploy.runtime.engine.cuda_library", lambda: library)
+    monkeypatch.setattr("mla_deploy.runtime.loading.cuda_library", lambda: library)
     with pytest.raises(UsageError, match="no such device"):
         load(own_toy.path, device="sm89")
     with pytest.raises(BundleError, match="not exported for the device cuda"):
@@ -135,7 +135,7 @@ def test_python_gives_what_the_engine_says(own_toy: Any, monkeypatch: pytest.Mon
         load(twin, device="cpu")
     with pytest.raises(UsageError, match="cannot use its CUDA provider"):
         load(twin)
-    monkeypatch.setattr("mla_deploy.runtime.engine.onnxruntime_library", lambda: library)
+    monkeypatch.setattr("mla_deploy.runtime.loading.onnxruntime_library", lambda: library)
     engine = load(twin, kernels="stock", threads=1)
     ids = random_ids(100)
     assert list(engine.generate(ids).tokens[:8]) == own_toy.greedy(ids, 8)

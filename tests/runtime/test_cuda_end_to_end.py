@@ -51,23 +51,24 @@ def test_our_kernels_give_the_logits_of_the_graph(
     tiny_mla: Path, tmp_path: Path, cache: str, moe: bool
 ) -> None:
     """The same graph, computed by onnxruntime on the CPU; a bundle for the CPU would round
-    activations to 8 bits. int4 weights; a prompt in chunks, then tokens, forks, a session from a
-    file. Codes of the cache at an edge may fall the other way."""
+    activations to 8 bits. int4 weights; a prompt in pieces, which attention takes expanded and
+    absorbed, then tokens, forks, a session from a file. Codes of the cache at an edge may fall the
+    other way."""
     sizes = {"hidden_size": 128, "q_lora_rank": 64, "kv_lora_rank": 256, "v_head_dim": 24}
     model = random_model("deepseek_v3", moe=moe, yarn=True, q_lora=True, sharpness=1.0, **sizes)
     source = save_checkpoint(model, tmp_path / "source", tiny_mla)
     options = QuantizeOptions(kv=cache, weights="int4", group=32)
     quantize_checkpoint(source, tmp_path / "small", options)
     bundle = export_onnx(tmp_path / "small", tmp_path / "cuda", target="cuda").bundle
-    ids = torch.randint(VOCAB, (150,))
-    pieces = [ids[:70], ids[70:130], *ids[130:].split(1), torch.tensor([7])]
+    ids = torch.randint(VOCAB, (220,))
+    pieces = [ids[:70], ids[70:130], ids[130:200], *ids[200:].split(1), torch.tensor([7])]
     runner = GraphRunner(Bundle.open(bundle), 1, 256, padding=0)
     expected = [runner.append([piece])[0][-1].numpy() for piece in pieces]
 
     engine = load(bundle, max_tokens=1024, kernels="native")
     session = engine.session()
-    found = [session.prefill(piece.tolist()) for piece in pieces[:2]]
-    found += [session.decode(token) for token in ids[130:].tolist()]
+    found = [session.prefill(piece.tolist()) for piece in pieces[:3]]
+    found += [session.decode(token) for token in ids[200:].tolist()]
     fork = session.fork()
     session.save(tmp_path / "session")
     loaded = engine.load_session(tmp_path / "session")

@@ -19,10 +19,12 @@ from support.cuda import (
     run_case,
 )
 
+from mla_deploy.ops import attention
 from mla_deploy.runtime.cuda import AttentionSizes, CudaError, CudaKernels
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 FORMATS = ["int4", "int8", "fp16"]
+HALF_MAX = 65504.0
 SMALL = Dims(heads=4, nope=32, rank=256, rope=32, v=32)
 
 
@@ -51,16 +53,58 @@ def test_sequences_at_the_edges_of_tiles_and_chunks(machine: Machine, cache_form
 
 
 def test_long_calls_run_in_rounds(machine: Machine) -> None:
-    """In the emulation a round is one block of 128 tokens; on a GPU 8,000 at 16 heads."""
+    """A round is one block of 128 tokens, as is a chunk: in the emulation always, on a GPU where
+    all heads of four sequences are so many."""
     if machine.device.type == "cpu":
         check(machine, AttentionCase([5, 70], [200, 3], dims=SMALL), "expanded")
     else:
-        check(machine, AttentionCase([3000], [1100], dims=Dims(heads=128)), "expanded")
+        case = AttentionCase([300, 5, 170, 0], [200, 3, 129, 64], dims=Dims(heads=128))
+        check(machine, case, "expanded")
 
 
-@pytest.mark.parametrize(("steps", "mode"), [(42, "absorbed"), (43, "expanded")])
+def test_only_what_a_round_sees_is_made() -> None:
+    """Two rounds of 128 tokens, each over two chunks of 128. Those of the first round see one
+    chunk, and in the second only the first sequence has any."""
+    machine = Machine(build_emulation(), "cpu")
+    emulation_wavefronts(forget=True)
+    run_case(machine, AttentionCase([0, 70], [200, 3], dims=SMALL), mode="expanded")
+    _, *launches = emulation_wavefronts()  # Append, then Unpack, Expand, Expanded of each chunk
+    made = [taken for taken, _ in launches[1::3]]
+    print(made)
+    of_one = made[-1]
+    assert of_one > 0
+    assert made == [2 * of_one, 0, of_one, of_one]
+
+
+@pytest.mark.parametrize("cache_format", ["int4", "int8"])
+def test_latents_beyond_half_precision_saturate(machine: Machine, cache_format: str) -> None:
+    """A scale and a code hold what no half does, where no norm keeps latents small."""
+    case = AttentionCase([0], [70], dims=SMALL, cache_format=cache_format, norm=False)
+    large = slice(64, 128)  # a group, of which keys see nothing, and values little
+    case.all_kv[..., large] *= HALF_MAX
+    case.w_uk[..., large] = 0
+    case.w_uv[:, large] /= 16
+    output, cache = run_case(machine, case, mode="expanded")
+    c_kv, k_pe = attention.read(
+        case.block_table, cache, case.record, SMALL.rank, SMALL.rope, torch.float64
+    )
+    assert c_kv.abs().max() > 2 * HALF_MAX
+    q, _, cos, sin = (x.double() for x in case.new_inputs())
+    expected = attention.attend_absorbed(
+        *attention.new_queries(q, cos, sin, SMALL.heads, SMALL.nope),
+        c_kv.clamp(-HALF_MAX, HALF_MAX),
+        k_pe,
+        *(case.w_uk.double(), case.w_uv.double(), case.past, case.scale),
+    )
+    error = Error.of(case.real(output), case.real(expected))
+    print(error)
+    assert error.relative < 3e-3
+
+
+@pytest.mark.parametrize(("steps", "mode"), [(67, "absorbed"), (68, "expanded")])
 def test_the_mode_with_fewer_operations_is_chosen(machine: Machine, steps: int, mode: str) -> None:
-    """Here 384 products a pair are spared, and a key and its value cost 256 (32 + 32)."""
+    """A block of 128 rows, 160 products a pair, and 256 (32 + 32) for a key and its value; absorbed
+    544 a pair, of real rows alone."""
     case = AttentionCase([20], [steps], dims=SMALL)
     chosen, _ = run_case(machine, case)
     for name in ("absorbed", "expanded"):
@@ -68,24 +112,55 @@ def test_the_mode_with_fewer_operations_is_chosen(machine: Machine, steps: int, 
         assert torch.equal(output, chosen) == (name == mode)
 
 
+def chosen_mode(sizes: AttentionSizes) -> str:
+    """What auto is for a call of these sizes, by the workspace that each needs."""
+    kernels = CudaKernels(build_emulation())
+    needed = {
+        mode: kernels.workspace_bytes(dataclasses.replace(sizes, mode=mode))
+        for mode in ("auto", "absorbed", "expanded")
+    }
+    assert needed["absorbed"] != needed["expanded"]
+    return "absorbed" if needed["auto"] == needed["absorbed"] else "expanded"
+
+
+@pytest.mark.parametrize(
+    ("dims", "changes"),
+    [
+        (Dims(heads=1), {1: "absorbed", 196: "expanded"}),  # DeepSeek, Kimi
+        (
+            Dims(heads=1, nope=192, v=256),  # GLM-4.7-Flash
+            {1: "absorbed", 422: "expanded", 449: "absorbed", 452: "expanded"},
+        ),
+        (
+            Dims(heads=1, nope=64, rank=256, rope=32, v=64),  # MiniCPM3
+            {1: "absorbed", 98: "expanded", 129: "absorbed", 136: "expanded"},
+        ),
+        # of test_cuda_end_to_end.py, whose prompts of 70 and 60 tokens are to take both
+        (Dims(heads=4, nope=24, rank=256, rope=16, v=24), {1: "absorbed", 63: "expanded"}),
+    ],
+    ids=str,
+)
+def test_lengths_that_pay_are_those_of_the_table(dims: Dims, changes: dict[int, str]) -> None:
+    """The table in docs/cuda.md. Changes: the mode from so many new tokens on."""
+    expected = ""
+    for steps in range(1, 600):
+        expected = changes.get(steps, expected)
+        sizes = AttentionSizes(
+            batch=1, steps=steps, table_pages=2, heads=dims.heads, nope=dims.nope, rank=dims.rank,
+            rope=dims.rope, v=dims.v, cache_format="int4",
+        )  # fmt: skip
+        assert chosen_mode(sizes) == expected, steps
+
+
 def test_chunks_too_small_to_pay_are_not_chosen() -> None:
     """128 heads leave the emulation no more than the least chunk, a quarter of what pays."""
-    kernels = CudaKernels(build_emulation())
     sizes = AttentionSizes(
         batch=1, steps=500, table_pages=9, heads=128, nope=32, rank=256, rope=32, v=32,
         cache_format="int4",
     )  # fmt: skip
-
-    def needed(sizes: AttentionSizes) -> dict[str, int]:
-        return {
-            mode: kernels.workspace_bytes(dataclasses.replace(sizes, mode=mode))
-            for mode in ("auto", "absorbed", "expanded")
-        }
-
-    found = needed(sizes)
-    assert found["auto"] == found["absorbed"] != found["expanded"]
-    found = needed(dataclasses.replace(sizes, table_pages=2))  # all in one chunk
-    assert found["auto"] == found["expanded"] != found["absorbed"]
+    assert chosen_mode(sizes) == "absorbed"
+    in_one_chunk = dataclasses.replace(sizes, table_pages=2)
+    assert chosen_mode(in_one_chunk) == "expanded"
 
 
 @pytest.mark.parametrize("changes", [{"nope": 248}, {"v": 264}])
@@ -125,8 +200,9 @@ def test_shared_memory_is_read_without_bank_conflicts(dims: Dims) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("cache_format", FORMATS)
 def test_long_prompts_on_a_gpu(cache_format: str) -> None:
-    """Chunks of thousands of tokens, many blocks of rows."""
-    case = AttentionCase([9000, 130], [600, 1000], dims=Dims(heads=16), cache_format=cache_format)
-    output = check(gpu_machine(), case, "expanded")
-    absorbed = check(gpu_machine(), case, "absorbed")
+    """Two chunks, the first of 3,584 tokens of each sequence; several blocks of rows."""
+    machine = gpu_machine()
+    case = AttentionCase([4500, 130], [140, 200], dims=Dims(heads=16), cache_format=cache_format)
+    output = check(machine, case, "expanded")
+    absorbed, _ = run_case(machine, case, mode="absorbed")
     assert Error.of(case.real(output), case.real(absorbed).double()).relative < 3e-3

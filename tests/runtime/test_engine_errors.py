@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from mla_deploy.errors import BundleError, OutputError, SessionError, UsageError
+from mla_deploy.errors import BundleError, GraphError, OutputError, SessionError, UsageError
 from mla_deploy.runtime import Cancellation, GenerationOptions, _runtime, load, native
 
 if TYPE_CHECKING:
@@ -71,6 +72,38 @@ def test_a_folder_whose_name_is_no_text_is_named_all_the_same(tmp_path: Path) ->
     folder = tmp_path / os.fsdecode(b"b\xff")
     with pytest.raises(BundleError, match="is not a bundle"):
         load(folder)
+
+
+def test_a_graph_that_onnxruntime_cannot_load_names_the_version_it_is_for(own_toy: Toy) -> None:
+    (own_toy.path / "model.onnx").write_bytes(b"no graph")
+    own_toy.seal()
+    for kernels in ("auto", "stock"):
+        with pytest.raises(GraphError, match=r"onnxruntime .* cannot load") as caught:
+            load(own_toy.path, kernels=kernels)
+        assert "operators are those of test" in str(caught.value.hint)
+
+
+def test_only_a_graph_that_does_not_load_is_tried_without_our_kernels(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[object] = []
+
+    def refuse(error: Exception) -> Callable[..., None]:
+        def engine(*, ops_library: bytes | None, **_: object) -> None:
+            tried.append(ops_library)
+            raise error
+
+        return engine
+
+    monkeypatch.setattr(_runtime, "Engine", refuse(BundleError("damaged")))
+    with pytest.raises(BundleError, match="damaged"):
+        load(toy.path)
+    assert len(tried) == 1
+    monkeypatch.setattr(_runtime, "Engine", refuse(GraphError("no such record")))
+    with pytest.raises(GraphError, match="no such record"):
+        load(toy.path)
+    assert tried[1] is not None
+    assert tried[2] is None
 
 
 # ---- the installation ---------------------------------------------------------------------------

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import httpx
 import openai
 import pytest
-from support.serving import Running, serving
+from support.serving import Running, serving, until
 
 from mla_deploy.runtime import Engine
 from mla_deploy.runtime.serve import http as serve_http
+from mla_deploy.runtime.serve.server import QUEUE_PER_SLOT, SPARE_CONNECTIONS
 
 if TYPE_CHECKING:
     from tests.runtime.conftest import Toy
@@ -295,12 +299,28 @@ def test_a_bug_is_told_without_a_traceback(
         assert (error["message"], error["type"]) == ("the server failed", "server_error")
 
 
+def test_connections_are_bounded(toy: Toy) -> None:
+    """A body may be large, and is read before a request waits for its turn."""
+    with serving(toy.load(), parallel=1) as running, ExitStack() as opened:
+        place = urlsplit(running.server.url)
+        for _ in range(1 + QUEUE_PER_SLOT + SPARE_CONNECTIONS):
+            address = (str(place.hostname), int(place.port or 0))
+            opened.enter_context(socket.create_connection(address))
+        until(lambda: httpx.get(f"{running.server.url}/models").status_code == 503)
+        opened.close()
+        until(lambda: httpx.get(f"{running.server.url}/models").status_code == 200)
+
+
 def test_without_a_key_the_server_answers_to_its_own_address_only(toy: Toy) -> None:
     """Else a page whose name was made to lead to 127.0.0.1 could read what it answers."""
     with serving(toy.load()) as running:
-        for host in ("localhost", "localhost:1", "127.0.0.1:80", "[::1]:80"):
+        for host in ("localhost", "LOCALHOST", "localhost:1", "127.0.0.1:80", "[::1]:80"):
             assert running.http.get("/models", headers={"Host": host}).status_code == 200
-        for host in ("evil.example", "evil.example:8000", "localhost.evil.example"):
+        for host in (
+            "evil.example", "evil.example:8000", "localhost.evil.example", "", 'a"b.evil.example',
+            "a{b.evil.example", "evil.example/..", "x@127.0.0.1", "127.0.0.1:80:80", "::1",
+            "127.0.0.1#", "[127.0.0.1", "localhost:x",
+        ):  # fmt: skip
             assert running.http.get("/models", headers={"Host": host}).status_code == 403
     with serving(toy.load(), api_key="k") as running:
         assert running.http.get("/models", headers={"Host": "proxy.example"}).status_code == 200

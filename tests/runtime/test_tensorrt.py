@@ -15,7 +15,7 @@ from mla_deploy.errors import BundleError, SessionError, UsageError
 from mla_deploy.exporters.tensorrt.export import TensorRtOptions, export_tensorrt
 from mla_deploy.gpu import gpu_target
 from mla_deploy.model import load_model
-from mla_deploy.runtime import GenerationOptions, load
+from mla_deploy.runtime import Cancellation, GenerationOptions, load
 from mla_deploy.runtime.tensorrt import TensorRtEngine
 from mla_deploy.runtime.tensorrt_rows import RowCache
 
@@ -133,6 +133,46 @@ def test_sessions_and_their_limits(engine: TensorRtEngine) -> None:
     engine.session().close()
 
 
+def test_what_is_cancelled_has_changed_nothing(engine: TensorRtEngine) -> None:
+    _, execution = host(engine)
+    with engine.session() as session:
+        session.prefill([5, 6, 7])
+        expected = session.decode(8)
+        session.rewind(3)
+        cancellation = Cancellation()
+        run = execution.run
+
+        def cancel_after_one() -> None:
+            run()
+            cancellation.request()
+
+        execution.run = cancel_after_one  # type: ignore[method-assign]
+        with pytest.raises(SessionError, match="cancelled"):
+            session.prefill(list(range(100, 180)), cancellation=cancellation)
+        del execution.run
+        assert session.tokens == (5, 6, 7)
+        np.testing.assert_array_equal(session.decode(8), expected)
+    made = engine.generate(PROMPT, GenerationOptions(max_tokens=8), cancellation=cancellation)
+    assert (made.tokens, made.finish_reason) == ((), "cancelled")
+
+
+def test_what_an_engine_says_of_itself(engine: TensorRtEngine, tmp_path: Path) -> None:
+    assert not engine.batches
+    assert engine.free_tokens == engine.capacity_tokens
+    with engine.session() as session:
+        assert engine.free_tokens == 0
+        session.prefill([5, 6, 7])
+        for wanted, same in (([5, 6], 2), ([5, 6, 7, 8], 3), ([6], 0), ([], 0)):
+            assert session.common_prefix(wanted) == same
+        for use in (session.save, engine.load_session):
+            with pytest.raises(SessionError, match="not kept in files"):
+                use(tmp_path / "talk.session")
+        other = TensorRtEngine(engine.bundle, host_graph(engine.bundle.path)).session()
+        with pytest.raises(UsageError, match="of another engine"):
+            engine.step([(other, [1])])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_context_ends_a_text(bundle: Path) -> None:
     engine = TensorRtEngine(Bundle.open(bundle), host_graph(bundle, max_tokens=64))
     made = engine.generate([9] * 60, GenerationOptions(max_tokens=30))
@@ -154,6 +194,8 @@ def test_loading_without_a_gpu_says_what_is_missing(bundle: Path) -> None:
         load(bundle)
     with pytest.raises(UsageError, match="run on ONNX Runtime"):
         load(bundle, threads=2)
+    with pytest.raises(UsageError, match="fixed when they are built"):
+        load(bundle, prefill_chunk=64)
 
 
 @pytest.mark.gpu
@@ -166,10 +208,10 @@ def test_an_engine_says_what_the_stand_in_says(bundle: Path, tmp_path: Path, own
     on_host = TensorRtEngine(Bundle.open(bundle), host_graph(bundle))
     wanted = GenerationOptions(max_tokens=32)
     expected = on_host.generate(PROMPT, wanted)
-    with load(built) as engine:
-        found = engine.generate(PROMPT, wanted)
-        ids = engine.tokenizer.encode(PROMPT) + list(expected.tokens)
-        with engine.session() as session, on_host.session() as other:
-            ours, theirs = (one.prefill(ids, all_logits=True) for one in (session, other))
+    engine = load(built)
+    found = engine.generate(PROMPT, wanted)
+    ids = engine.tokenizer.encode(PROMPT) + list(expected.tokens)
+    with engine.session() as session, on_host.session() as other:
+        ours, theirs = (one.prefill(ids, all_logits=True) for one in (session, other))
     assert np.abs(ours - theirs).max() < 1e-3 * np.abs(theirs).max()
     assert found.tokens == expected.tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,17 @@ def test_a_record_without_a_kernel_stays_with_the_definition(machine: Machine) -
 def test_tensors_that_are_views_and_weights_in_half(machine: Machine) -> None:
     case = AttentionCase([20], [3], dims=SMALL)
     given = arguments(case, machine)
-    expected, _ = torch_cuda.latent_attention(machine.kernels, *given)
+    expected, expected_cache = torch_cuda.latent_attention(machine.kernels, *given)
     for place in (0, 1, 4, 5):
         wide = torch.cat([given[place], given[place]], -1)
         given[place] = wide[..., : wide.shape[-1] // 2]
     given[4], given[5] = given[4].half(), given[5].half()
-    found, _ = torch_cuda.latent_attention(machine.kernels, *given)
+    given[9] = [part.transpose(0, 1).contiguous().transpose(0, 1) for part in given[9]]
+    assert not any(part.is_contiguous() for part in given[9])
+    found, present = torch_cuda.latent_attention(machine.kernels, *given)
     assert torch.equal(found, expected)
+    for one, other in zip(present, expected_cache, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_what_does_not_fit_is_refused(machine: Machine) -> None:
@@ -87,6 +92,64 @@ def test_what_does_not_fit_is_refused(machine: Machine) -> None:
         run(case, at_7=machine.place(torch.tensor([1000])))
     with pytest.raises(CudaError, match="kv_lora_rank is 128"):
         run(AttentionCase([20], [3], dims=Dims(heads=2, nope=32, rank=128, rope=32, v=32)))
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message", "found", "allowed"),
+    [
+        (0, lambda q: q[..., :-8], "q has a shape", "[1, 3, 120]", "[1, 3, 128], from"),
+        (0, lambda q: q[0], "q has a shape", "[3, 128]", "3 axes"),
+        (1, lambda kv: kv[:, :2], "kv has a shape", "[1, 2, 288]", "[1, 3, 288], from"),
+        (2, lambda cos: cos[:, :2], "cos has a shape", "[1, 2, 16]", "[1, 3, 16], from"),
+        (3, lambda sin: sin.repeat(1, 1, 2), "sin has a shape", "[1, 3, 32]", "[1, 3, 16], from"),
+        (5, lambda w: w[:, :-1], "w_uv has a shape", "[2, 255, 32]", "[2, 256, 32], from"),
+        (6, lambda table: table.int(), "block_table is of a type", "torch.int32", "torch.int64"),
+        (6, lambda table: table[0], "block_table has a shape", "[1]", "2 axes"),
+        (6, lambda table: table.to("meta"), "block_table is not where q is", "meta", ""),
+        (7, lambda past: past.int(), "past_lengths is of a type", "torch.int32", "torch.int64"),
+        (7, lambda past: past.repeat(2), "past_lengths has a shape", "[2]", "[1], from"),
+        (8, lambda new: new.float(), "new_lengths is of a type", "torch.float32", "torch.int64"),
+        (8, lambda new: new.to("meta"), "new_lengths is not where q is", "meta", ""),
+        (9, lambda cache: cache[:4], "number of cache parts", "4", "5 for int4: "),
+        (
+            9,
+            lambda cache: [cache[0][:, :, :-1], *cache[1:]],
+            "part codes has a shape",
+            "[2, 4, 31, 16, 4]",
+            "[2, 4, 32, 16, 4], of int4",
+        ),
+        (
+            9,
+            lambda cache: [cache[0], cache[1][:1], *cache[2:]],
+            "part scale has a shape",
+            "[1, ",
+            "[2, ",
+        ),
+        (
+            9,
+            lambda cache: [cache[0].char(), *cache[1:]],
+            "part codes is of a type",
+            "torch.int8",
+            "torch.uint8",
+        ),
+        (9, lambda cache: [*cache[:4], cache[4].to("meta")], "is not where q is", "meta", ""),
+    ],
+)
+def test_tensors_of_another_call_are_refused(
+    machine: Machine,
+    place: int,
+    change: Callable[[Any], Any],
+    message: str,
+    found: str,
+    allowed: str,
+) -> None:
+    """The kernels get addresses: what is not checked here is read past its end."""
+    given = arguments(AttentionCase([20], [3], dims=SMALL), machine)
+    given[place] = change(given[place])
+    with pytest.raises(CudaError, match=message) as error:
+        torch_cuda.latent_attention(machine.kernels, *given)
+    assert (error.value.found or "").startswith(found)
+    assert (error.value.allowed or "").startswith(allowed or machine.device.type)
 
 
 def test_registering_needs_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

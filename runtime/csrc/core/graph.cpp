@@ -72,10 +72,13 @@ OrtOwned<OrtSession> DecoderGraph::open_session(const Bundle& bundle,
     const auto prepared = session_options(host_, bundle.manifest.device, options);
     const std::string path = bundle.graph_path();
     OrtSession* session = nullptr;
-    OrtStatus* status = api_.CreateSession(host_.env, path.c_str(), prepared.get(), &session);
-    core::check(api_, status, MLA_BAD_BUNDLE,
-                join("onnxruntime ", host_.version, " cannot load ", path));
-    return {session, api_.ReleaseSession};
+    const OrtOwned<OrtStatus> status(
+        api_.CreateSession(host_.env, path.c_str(), prepared.get(), &session), api_.ReleaseStatus);
+    if (!status) return {session, api_.ReleaseSession};
+    throw Error(MLA_BAD_GRAPH, join("onnxruntime ", host_.version, " cannot load ", path))
+        .found(first_line(api_.GetErrorMessage(status.get())))
+        .next("its operators are those of ", bundle.manifest.lowering,
+              ": take an onnxruntime of that version or a later one");
 }
 
 OrtOwned<OrtIoBinding> DecoderGraph::new_binding() const {

@@ -47,11 +47,14 @@ const OrtHost& OrtHost::open(const std::string& library) {
     return hosts.emplace(library, open_library(library)).first->second;
 }
 
+std::string first_line(const std::string& message) {
+    return message.substr(0, message.find('\n'));
+}
+
 void check(const OrtApi& api, OrtStatus* status, mla_status as, const std::string& what) {
     if (status == nullptr) return;
     const OrtOwned<OrtStatus> owned(status, api.ReleaseStatus);
-    const std::string message = api.GetErrorMessage(status);
-    throw Error(as, what).found(message.substr(0, message.find('\n')));
+    throw Error(as, what).found(first_line(api.GetErrorMessage(status)));
 }
 
 }  // namespace mla::core

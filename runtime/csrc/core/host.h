@@ -23,6 +23,9 @@ struct OrtHost {
     static const OrtHost& open(const std::string& library);
 };
 
+// Of what ONNX Runtime reports, the rest being its own sources.
+std::string first_line(const std::string& message);
+
 // Throws what a function of ONNX Runtime reports, as an Error of that status.
 void check(const OrtApi& api, OrtStatus* status, mla_status as, const std::string& what);
 

@@ -124,14 +124,13 @@ ModelInfo read_model(const Json& value) {
     return model;
 }
 
-std::string read_graph(const Json& value) {
+void read_graph(const Json& value, Manifest& manifest) {
     JsonObject object(value, "graph");
-    const std::string path = object.text("path");
+    manifest.graph_path = object.text("path");
     if (object.text("backend") != "onnx") throw object.bad("backend", "onnx");
-    object.text("lowering");
+    manifest.lowering = object.text("lowering");
     object.integer<int64_t>("opset", 1);
     object.end();
-    return path;
 }
 
 // The types of its activations are those of the graph, so that nobody has to know them.
@@ -220,7 +219,7 @@ Manifest parse_manifest(const std::string& text, const std::string& path) {
         Manifest manifest;
         manifest.producer = object.text("producer");
         manifest.model = read_model(object.any("model"));
-        manifest.graph_path = read_graph(object.any("graph"));
+        read_graph(object.any("graph"), manifest);
         if (object.has("cuda")) {
             read_cuda(object.any("cuda"));
             manifest.device = Device::kCuda;

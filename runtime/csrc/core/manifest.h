@@ -64,6 +64,7 @@ struct Manifest {
     std::string producer;
     ModelInfo model;
     std::string graph_path;
+    std::string lowering;  // of the graph: ort1.31 is for onnxruntime 1.31 and later
     Device device = Device::kCpu;
     std::vector<LayerCache> cache;  // one a layer
     std::vector<FileEntry> files;

@@ -4,7 +4,8 @@
 //     Expand   keys_h   = c_kv w_uk_h^T
 //              values_h = c_kv w_uv_h
 //
-// Up to the end of the last kExpandTokens that hold a token, what lies behind a sequence is zeros.
+// Made are the tokens that some row of the round sees, up to a multiple of kExpandTokens; what lies
+// behind a sequence there is zeros.
 #pragma once
 
 #include "cuda/panel.h"
@@ -14,16 +15,20 @@ namespace mla::cuda {
 
 constexpr int kExpandTokens = 128;
 
-// Whether a sequence has tokens among the kExpandTokens around token `token` of the chunk.
-MLA_DEVICE bool has_tokens(const Params& p, const Sequence& sequence, int token) {
-    return p.first_token + token / kExpandTokens * kExpandTokens < sequence.length();
+// Whether a row of the round sees any of the kExpandTokens around token `token` of the chunk.
+MLA_DEVICE bool is_seen(const Params& p, const Sequence& sequence, int token) {
+    const int last_step = min_of(sequence.fresh, p.first_step + p.round_steps);
+    return last_step > p.first_step &&
+           p.first_token + token / kExpandTokens * kExpandTokens < sequence.past + last_step;
 }
 
-// Eight halves from eight numbers.
+// Eight halves from eight numbers, which without a latent norm may be beyond half's range.
 template <class Number>
 MLA_DEVICE Words4 pack_eight(const Number& number) {
-    return {pack_half2(number(0), number(1)), pack_half2(number(2), number(3)),
-            pack_half2(number(4), number(5)), pack_half2(number(6), number(7))};
+    const auto pair = [&](int i) {
+        return pack_half2(in_range(number(i)), in_range(number(i + 1)));
+    };
+    return {pair(0), pair(2), pair(4), pair(6)};
 }
 
 template <CacheFormat format>
@@ -38,7 +43,7 @@ struct Unpack {
         const int b = thread.block_z, slot = thread.index % kBlockTokens;
         const int token = thread.block_x * kBlockTokens + slot;
         const Sequence sequence = view_sequence(p, b);
-        if (!has_tokens(p, sequence, token)) return;
+        if (!is_seen(p, sequence, token)) return;
         const int position = p.first_token + token;
         const bool exists = position < sequence.length();
         const int64_t page = exists ? page_of(p, sequence, position / kPageTokens) : 0;
@@ -134,7 +139,7 @@ struct Expand {
         const int token_blocks = p.chunk_tokens / kExpandTokens;
         const int b = thread.block_z / token_blocks;
         const int first_token = thread.block_z % token_blocks * kExpandTokens;
-        if (!has_tokens(p, view_sequence(p, b), first_token)) return;
+        if (!is_seen(p, view_sequence(p, b), first_token)) return;
         const int key_blocks = column_blocks(p.nope), head = thread.block_y;
         const int64_t of_head = int64_t{b} * p.heads + head;
         const uint16_t* latents = p.c_kv + (int64_t{b} * p.chunk_tokens + first_token) * p.rank;

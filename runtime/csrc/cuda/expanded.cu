@@ -35,16 +35,17 @@ Shape shape_of(const mla_cuda_attention& a) {
 int64_t token_bytes(const mla_cuda_attention& a) {
     return 2 * (int64_t{a.rank} + a.rope + int64_t{a.heads} * (a.nope + a.v));
 }
+// That a sequence can have, in whole kExpandTokens: one of these at least, as chunks are not less.
 int64_t table_tokens(const mla_cuda_attention& a) {
-    return rounded_up(a.table_pages * kPageTokens, kExpandTokens);
+    return a.table_pages ? rounded_up(a.table_pages * kPageTokens, kExpandTokens) : kExpandTokens;
 }
 
 int64_t chunk_tokens(const mla_cuda_attention& a, const Device& device) {
     const int64_t sequences = a.batch > 1 ? a.batch : 1;
     const int64_t affordable = device.chunk_bytes / (sequences * token_bytes(a));
     int64_t tokens = affordable / kExpandTokens * kExpandTokens;
-    if (tokens > table_tokens(a)) tokens = table_tokens(a);
-    return tokens < kExpandTokens ? kExpandTokens : tokens;
+    if (tokens < kExpandTokens) tokens = kExpandTokens;
+    return tokens < table_tokens(a) ? tokens : table_tokens(a);
 }
 
 template <CacheFormat format>
@@ -73,13 +74,15 @@ mla_cuda_status launch_chunk(const mla_cuda_attention& a, const Params& p, Strea
 
 bool can_expand(const mla_cuda_attention& a) { return a.nope + a.rope <= 256 && a.v <= 256; }
 
-// Per key, S (2 D + R) products or S (products of a pair) + D (N + V).
+// Per key, S (2 D + R) products, or (rows of whole blocks) (products of a pair) + D (N + V).
 bool should_expand(const mla_cuda_attention& a, const Device& device) {
     if (!can_expand(a)) return false;
-    const int64_t spared = 2 * int64_t{a.rank} + a.rope - shape_of(a).products;
+    const Shape shape = shape_of(a);
+    const int64_t absorbed = a.steps * (2 * int64_t{a.rank} + a.rope);
+    const int64_t expanded =
+        rounded_up(a.steps, shape.rows) * shape.products + int64_t{a.rank} * (a.nope + a.v);
     const int64_t tokens = chunk_tokens(a, device);
-    return a.steps * spared > int64_t{a.rank} * (a.nope + a.v) &&
-           (tokens >= kMinChunkTokens || tokens >= table_tokens(a));
+    return expanded < absorbed && (tokens >= kMinChunkTokens || tokens >= table_tokens(a));
 }
 
 ExpandedPlan plan_expanded(const mla_cuda_attention& a, const Device& device) {

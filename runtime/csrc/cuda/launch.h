@@ -45,6 +45,10 @@ struct Grid {
 
 #ifdef __CUDACC__
 
+// Lets blocks of a kernel have all shared memory of the current device. Not just what a launch
+// takes: another thread may be about to launch the same kernel with more.
+Failure allow_shared_memory(const void* kernel);
+
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
     entry(const __grid_constant__ Params params) {
@@ -57,9 +61,8 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
 template <class Kernel>
 Failure launch(const Params& params, Grid grid, int shared_bytes, Stream stream) {
     if (shared_bytes > 48 << 10) {
-        const cudaError_t error = cudaFuncSetAttribute(
-            entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-        if (error != cudaSuccess) return error;
+        const auto kernel = reinterpret_cast<const void*>(entry<Kernel>);
+        if (const Failure failure = allow_shared_memory(kernel)) return failure;
     }
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),

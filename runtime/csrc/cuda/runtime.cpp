@@ -85,6 +85,16 @@ Failure current_device(Device* device) {
     return 0;
 }
 
+Failure allow_shared_memory(const void* kernel) {
+    int index = 0, bytes = 0;
+    cudaError_t error = cudaGetDevice(&index);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    if (error == cudaSuccess)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    return error;
+}
+
 Failure allocate_on_device(void** memory, size_t bytes) {
     cudaError_t error = cudaMalloc(memory, bytes);
     if (error == cudaErrorMemoryAllocation) {

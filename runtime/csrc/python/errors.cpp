@@ -17,6 +17,8 @@ const char* class_of(mla_status status) {
     switch (status) {
         case MLA_BAD_BUNDLE:
             return "BundleError";
+        case MLA_BAD_GRAPH:
+            return "GraphError";
         case MLA_CACHE_FULL:
         case MLA_CONTEXT_FULL:
         case MLA_BAD_SESSION_FILE:

@@ -344,7 +344,10 @@ class Translator {
         if (!eat("{")) throw refuse("\\p without {");
         if (eat("^")) negated = !negated;
         std::string name;
-        while (!done() && peek() != '}') name += static_cast<char>(take() & 0x7f);
+        while (!done() && peek() != '}') {
+            if (peek() >= 0x80) throw refuse("\\p{" + name + "?}");
+            name += static_cast<char>(take());
+        }
         take();
         const char* open = negated ? "\\P{" : "\\p{";
         if (kCategories.count(name)) return open + name + "}";

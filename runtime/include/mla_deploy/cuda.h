@@ -10,7 +10,9 @@
  *
  * - Calls on attention only enqueue work: they do not wait, allocate nothing, copy nothing to or
  *   from the host. Lengths and pages are read on the device, and grids follow from sizes alone, so
- *   a call may be captured into a CUDA graph and replayed as the sequences grow.
+ *   a call may be captured into a CUDA graph and replayed as the sequences grow. Run a call of the
+ *   same sizes before the capture: the driver may load a kernel when it is first launched, which a
+ *   capture does not allow.
  * - The device is the current one of the calling thread. Calls on one workspace must be ordered.
  * - Unless a call returns MLA_CUDA_OK, mla_cuda_last_error() has the text, and
  *   MLA_CUDA_BAD_ARGUMENT and MLA_CUDA_UNSUPPORTED mean that nothing was enqueued.
@@ -124,19 +126,19 @@ typedef struct mla_cuda_part {
  * until the next call that fails in this thread. */
 MLA_API const char* mla_cuda_last_error(void);
 
-/* The architectures that this library holds, such as "sm_80 sm_90 compute_120". */
+/* The architectures that this library holds, such as "sm_80 sm_90 compute_90". */
 MLA_API const char* mla_cuda_targets(void);
 
 /* MLA_CUDA_OK if the current device can run this library. */
 MLA_API mla_cuda_status mla_cuda_check_device(void);
 
-/* The workspace that a call of these sizes needs on the current device. Only sizes, cache_format
- * and splits are read. */
+/* The workspace that a call of these sizes needs on the current device. Only sizes, cache_format,
+ * mode and splits are read. */
 MLA_API mla_cuda_status mla_cuda_workspace_bytes(const mla_cuda_attention* attention,
                                                  size_t* bytes);
 
-/* A workspace that is enough for calls of these sizes and smaller ones on every device, with splits
- * left at 0. Needs no device. */
+/* A workspace that is enough for calls of these sizes and smaller ones on every device, with this
+ * mode and splits left at 0. Needs no device. */
 MLA_API mla_cuda_status mla_cuda_workspace_bound(const mla_cuda_attention* attention,
                                                  size_t* bytes);
 
