@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from mla_deploy.config_reader import read_json_object
 from mla_deploy.errors import UsageError
 from mla_deploy.output import writing
-from mla_deploy.recipe import CALIBRATION_FILE, WEIGHT_BITS_FILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +27,8 @@ img { max-width: 100% } h2 { margin-top: 2.5rem }
 
 def read_calibration(model: Path) -> dict[str, Any]:
     """What `quantize` measured, if it did, as `write_report` takes it."""
+    from mla_deploy.recipe import CALIBRATION_FILE, WEIGHT_BITS_FILE  # with torch
+
     cache, weights = (
         read_json_object(file) if file.is_file() else {}
         for file in (model / CALIBRATION_FILE, model / WEIGHT_BITS_FILE)

@@ -180,8 +180,8 @@ def test_a_conversion_is_not_guessed(
         (("--weights", "auto"), "mla-deploy quantize --help"),
         (("--kv", "int5"), "int5"),
         (("--weights", "int3"), "int3"),
-        (("--target", "sm42"), "cpu, cuda, sm75"),
-        (("--target", "tensorrt"), "cpu, cuda, sm75"),
+        (("--target", "sm42"), "cpu, cuda, sm80+, sm75"),
+        (("--target", "tensorrt"), "cpu, cuda, sm80+, sm75"),
     ],
 )
 def test_options_that_do_not_fit_a_latent_model(
