@@ -146,13 +146,12 @@ def _inspect_config(source: Path, recipes: Mapping[str, RecipeFor], verify: bool
     from mla_deploy.cache import cache_formats, formats_of_layers
     from mla_deploy.checkpoint import Checkpoint
     from mla_deploy.families import load_config
-    from mla_deploy.model import build, count_parameters, unquantized
-    from mla_deploy.modules.base import checkpoint_shapes
+    from mla_deploy.model import check_weights, count_parameters, unquantized
 
     config = load_config(source)
     if verify:
         folder = source if source.is_dir() else source.parent
-        Checkpoint(folder).check(checkpoint_shapes(build(config)))
+        check_weights(Checkpoint(folder))
     parameters = count_parameters(config)
     caches = []
     for name in cache_formats():

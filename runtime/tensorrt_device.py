@@ -76,7 +76,7 @@ def open_engine(bundle: Bundle) -> tuple[CudaDevice, TensorRtExecution]:
     info = bundle.manifest.tensorrt
     assert info is not None
     entry = engine_for(info, str(bundle.path), gpu_target())
-    trt = _import(info.module, "pip install 'mla-deploy[tensorrt]', or take JetPack's TensorRT")
+    trt = _import(info.module, "pip install tensorrt-rtx, or take JetPack's TensorRT")
     check_version(info, str(bundle.path), entry.target, trt.__version__)
     if info.plugin:
         load_plugin(trt, require_plugin_library())

@@ -34,7 +34,7 @@ from mla_deploy.exporters.onnx.graph import build_graph
 from mla_deploy.exporters.onnx.ort import OnnxRuntime
 from mla_deploy.exporters.onnx.ort_cuda import OnnxRuntimeCuda
 from mla_deploy.exporters.onnx.weights import Progress, write_external_data
-from mla_deploy.model import cache_parts, count_parameters
+from mla_deploy.model import cache_parts, check_weights, count_parameters
 from mla_deploy.output import check_output, check_space, writing
 from mla_deploy.recipe import CALIBRATION_FILE, WEIGHT_BITS_FILE
 from mla_deploy.workspace import workspace
@@ -90,6 +90,7 @@ def export_onnx(
         )
     spelling = TARGETS[target]()
     checkpoint = Checkpoint(source)
+    check_weights(checkpoint)
     config = checkpoint.config
     require_tokenizer(source)
     output = check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)

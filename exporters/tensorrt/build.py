@@ -65,7 +65,7 @@ def check_backend(wanted: Capability, targets: Sequence[str]) -> None:
             this machine has not.
     """
     if not _is_installed(wanted.module):
-        pip = "pip install 'mla-deploy[tensorrt]'"
+        pip = "pip install tensorrt-rtx"
         raise UsageError(
             f"{wanted.module} is not installed",
             hint="it comes with JetPack, or with NVIDIA's packages; --onnx-only needs none of it"

@@ -55,7 +55,7 @@ from mla_deploy.exporters.tensorrt.capability import (
 from mla_deploy.exporters.tensorrt.context_model import context_model
 from mla_deploy.exporters.tensorrt.plugin import TensorRtPlugin, check_plugin
 from mla_deploy.exporters.tensorrt.target import TensorRt
-from mla_deploy.model import cache_parts
+from mla_deploy.model import cache_parts, check_weights
 from mla_deploy.output import check_output, check_space, writing
 from mla_deploy.workspace import workspace
 
@@ -125,6 +125,7 @@ def export_tensorrt(
     if (source / MANIFEST).is_file():
         return _build_bundle(source, out, options, wanted, force, progress, start)
     checkpoint = Checkpoint(source)
+    check_weights(checkpoint)
     config = checkpoint.config
     require_tokenizer(source)
     output = check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)

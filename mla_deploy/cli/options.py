@@ -34,7 +34,10 @@ class MemorySize(click.ParamType[int]):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(value).strip().lower())
         if match is None or match[2].upper() not in UNITS:
             self.fail(f"{value!r} is not a size such as 8GB, 7.4GiB or 500MB", param, ctx)
-        return int(float(match[1]) * UNITS[match[2].upper()])
+        size = float(match[1]) * UNITS[match[2].upper()]
+        if not size < 1 << 63:
+            self.fail(f"{str(value)[:40]!r} is more than any machine has", param, ctx)
+        return int(size)
 
 
 class Depths(click.ParamType[tuple[int, ...]]):
@@ -55,7 +58,7 @@ class Depths(click.ParamType[tuple[int, ...]]):
 
 
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads that compute. Default: one a core."
+    "--threads", type=click.IntRange(1, 1024), help="Threads that compute. Default: one a core."
 )
 kernels_option = click.option(
     "--kernels",

@@ -87,7 +87,7 @@ def require_matplotlib() -> None:
     except ImportError:
         raise UsageError(
             "matplotlib, which draws the report, is not installed",
-            hint="pip install 'mla-deploy[eval]', or leave --report out",
+            hint="pip install matplotlib, or leave --report out",
         ) from None
 
 

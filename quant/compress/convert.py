@@ -64,7 +64,7 @@ def convert_checkpoint(
     the same call goes on with the next layer.
 
     Args:
-        source: folder of a Hugging Face checkpoint of a family in `source.FAMILIES`.
+        source: folder of a Hugging Face checkpoint, of a type in `families.CONVERTIBLE`.
         out: folder to make.
         say: told what the person at the terminal should know when it fails.
         force: replace an earlier result. It stays until the new one is whole.

@@ -77,7 +77,7 @@ def test_a_missing_extra_says_how_to_install_it(name: str, monkeypatch: pytest.M
     monkeypatch.setattr("importlib.util.find_spec", lambda one: None if one == name else found(one))
     with pytest.raises(UsageError, match=name) as caught:
         require_extra()
-    assert caught.value.hint == "pip install 'mla-deploy[serve]'"
+    assert caught.value.hint == "pip install fastapi uvicorn"
 
 
 def test_a_bundle_without_a_tokenizer_is_refused_at_once(own_toy: Toy) -> None:
