@@ -44,7 +44,7 @@ def command(reporter: Reporter, /, model: Path, output: Path, force: bool, **opt
 
     MODEL is converted where its attention is not latent yet, which needs --target-ratio and
     --calibration; one that is quantised already is only exported. A run that was stopped goes on
-    from the folder OUTPUT.build when it is repeated. The three commands by themselves have more
+    from the folder OUTPUT.partial when it is repeated. The three commands by themselves have more
     options.
     """
     from mla_deploy.exporters.build import build_bundle

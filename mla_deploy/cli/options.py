@@ -41,7 +41,7 @@ class MemorySize(click.ParamType[int]):
 
 
 class Depths(click.ParamType[tuple[int, ...]]):
-    """`0,512,2048`: numbers of tokens, each once, in order."""
+    """`0,512,2k`: numbers of tokens, k standing for 1024, each once, in order."""
 
     name = "tokens"
 
@@ -51,9 +51,10 @@ class Depths(click.ParamType[tuple[int, ...]]):
         if isinstance(value, tuple):
             return value
         parts = str(value).split(",")
-        if not all(re.fullmatch(r"\s*\d+\s*", part) for part in parts):
-            self.fail(f"{value!r} is not a list of depths such as 0,512,2048", param, ctx)
-        return tuple(sorted({int(part) for part in parts}))
+        found = [re.fullmatch(r"\s*(\d+)(k?)\s*", part) for part in parts]
+        if not all(found):
+            self.fail(f"{value!r} is not a list of depths such as 0,512,2k", param, ctx)
+        return tuple(sorted({int(one[1]) * (1024 if one[2] else 1) for one in found if one}))
 
 
 threads_option = click.option(
