@@ -82,9 +82,15 @@ def check_output(
     """
     here, there = source.resolve(), out.resolve()
     if here == there or here in there.parents or there in here.parents:
-        raise OutputError("the output must be apart from the source", found=f"{out} and {source}")
+        raise OutputError(
+            "the output must be apart from the source",
+            found=f"{out} and {source}",
+            hint="name another folder",
+        )
     if not out.parent.is_dir():
-        raise OutputError(f"{out} cannot be made", found=f"{out.parent} is no folder")
+        raise OutputError(
+            f"{out} cannot be made", found=f"{out.parent} is no folder", hint="make it first"
+        )
     output = Output(out, is_ours, force)
     output.check()
     return output
