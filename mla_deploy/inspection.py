@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mla_deploy.bundle import MANIFEST, Bundle, FileEntry, ModelInfo
+from mla_deploy.bundle import MANIFEST, Bundle
 from mla_deploy.errors import ConfigError, MlaError
+from mla_deploy.manifest import PAGE_TOKENS, FileEntry, ModelInfo
 
 if TYPE_CHECKING:
     from mla_deploy.config import MlaConfig, MoeConfig
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
     RecipeFor = Callable[[MlaConfig], Recipe]
 
-PAGE_TOKENS = 64
-"""A cache grows by pages; `mla_deploy.cache` has the same number and needs torch."""
 FLOAT16 = "fp16"
 
 

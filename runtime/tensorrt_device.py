@@ -9,9 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mla_deploy.bundle import PORTABLE_TARGET, Bundle, EngineInfo, TensorRtInfo
+from mla_deploy.bundle import Bundle
 from mla_deploy.errors import BundleError, UsageError
 from mla_deploy.gpu import gpu_target
+from mla_deploy.manifest import PORTABLE_TARGET, EngineInfo, TensorRtInfo
 from mla_deploy.runtime.tensorrt_cache import Array
 from mla_deploy.runtime.tensorrt_plugin import (
     PLUGIN,

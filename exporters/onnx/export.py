@@ -12,21 +12,8 @@ import onnx
 import onnx_ir as ir
 
 from mla_deploy import __version__
-from mla_deploy.bundle import (
-    FORMAT_VERSION,
-    MANIFEST,
-    Bundle,
-    CacheInfo,
-    CachePartInfo,
-    CudaInfo,
-    GraphInfo,
-    LayerCache,
-    Manifest,
-    ModelInfo,
-    describe_file,
-    write_manifest,
-)
-from mla_deploy.cache import PAGE_TOKENS, CachePart
+from mla_deploy.bundle import MANIFEST, Bundle, describe_file, write_manifest
+from mla_deploy.cache import CachePart
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import TokenizerError, UsageError
@@ -34,6 +21,17 @@ from mla_deploy.exporters.onnx.graph import build_graph
 from mla_deploy.exporters.onnx.ort import OnnxRuntime
 from mla_deploy.exporters.onnx.ort_cuda import OnnxRuntimeCuda
 from mla_deploy.exporters.onnx.weights import Progress, write_external_data
+from mla_deploy.manifest import (
+    FORMAT_VERSION,
+    PAGE_TOKENS,
+    CacheInfo,
+    CachePartInfo,
+    CudaInfo,
+    GraphInfo,
+    LayerCache,
+    Manifest,
+    ModelInfo,
+)
 from mla_deploy.model import cache_parts, check_weights, count_parameters
 from mla_deploy.output import check_output, check_space, writing
 from mla_deploy.recipe import CALIBRATION_FILE, WEIGHT_BITS_FILE

@@ -19,10 +19,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
-from mla_deploy.bundle import ProfileInfo, TensorInfo
 from mla_deploy.errors import MlaError, UsageError
 from mla_deploy.exporters.tensorrt.capability import Capability, compute_capability
 from mla_deploy.gpu import gpu_target
+from mla_deploy.manifest import ProfileInfo, TensorInfo
 
 MEMORY_FACTOR = 3.3
 """Bytes of memory that a build takes for a byte of weights, at its peak; measured."""

@@ -12,21 +12,7 @@ import onnx_ir as ir
 import torch
 
 from mla_deploy import __version__
-from mla_deploy.bundle import (
-    FORMAT_VERSION,
-    MANIFEST,
-    Bundle,
-    CacheInfo,
-    EngineInfo,
-    GraphInfo,
-    Manifest,
-    ProfileInfo,
-    TensorInfo,
-    TensorRtInfo,
-    describe_file,
-    write_manifest,
-)
-from mla_deploy.cache import PAGE_TOKENS
+from mla_deploy.bundle import MANIFEST, Bundle, describe_file, write_manifest
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import BundleError, UsageError
@@ -55,6 +41,17 @@ from mla_deploy.exporters.tensorrt.capability import (
 from mla_deploy.exporters.tensorrt.context_model import context_model
 from mla_deploy.exporters.tensorrt.plugin import TensorRtPlugin, check_plugin
 from mla_deploy.exporters.tensorrt.target import TensorRt
+from mla_deploy.manifest import (
+    FORMAT_VERSION,
+    PAGE_TOKENS,
+    CacheInfo,
+    EngineInfo,
+    GraphInfo,
+    Manifest,
+    ProfileInfo,
+    TensorInfo,
+    TensorRtInfo,
+)
 from mla_deploy.model import cache_parts, check_weights
 from mla_deploy.output import check_output, check_space, writing
 from mla_deploy.workspace import workspace
