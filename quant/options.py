@@ -29,7 +29,7 @@ Kind = Literal["linear", "experts", "embedding", "lm_head"]
 _BITS = {"int4": 4, "int8": 8, AUTO: 4}
 """Before a calibration has run, the smallest format stands for what it may choose."""
 _ROTATED_CACHES = frozenset({"int8", "int4", "int4-g32", "int3", "int2"})
-"""Formats that gain from a rotated latent; docs/quantization.md has the figures."""
+"""Formats that gain from a rotated latent; docs/quantization-study.md has the figures."""
 
 
 @dataclass(frozen=True)
