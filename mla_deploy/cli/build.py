@@ -97,4 +97,5 @@ def _quantization(report: QuantizeReport) -> list[str]:
         f"weights {table.size(report.source_bytes)} to {table.size(report.output_bytes)} "
         f"({ratio:.2f}x smaller)",
         f"cache {described_formats([layer.cache_format for layer in layers])}",
+        *(f"left out {len(names)} tensors: {why}" for why, names in report.skipped.items()),
     ]

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from click.testing import Result
+from safetensors.torch import load_file, save_file
 from support.models import save_checkpoint
 from support.sources import byte_tokenizer, random_source, random_text
 
+from mla_deploy.checkpoint import SINGLE_FILE
 from mla_deploy.errors import UsageError
 from mla_deploy.exporters import build as build_module
 from mla_deploy.exporters.build import build_bundle
@@ -75,6 +78,19 @@ def test_a_latent_model_becomes_the_bundle_of_the_single_commands(
     assert "cache 492 bytes a token" in shown
     assert f'next mla-deploy run {out} "Once upon a time"' in shown
     assert f"{out}.partial" in made.stderr
+
+
+def test_what_is_left_out_is_told(tiny_mla: Path, outputs: Path, invoke: Invoke) -> None:
+    """Such as the layers for multi-token prediction, which published checkpoints hold."""
+    source = shutil.copytree(tiny_mla, outputs / "source")
+    layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
+    tensors = load_file(source / SINGLE_FILE)
+    for name in ("eh_proj", "enorm"):
+        tensors[f"model.layers.{layers}.{name}.weight"] = torch.ones(4)
+    save_file(tensors, source / SINGLE_FILE)
+    made = invoke("build", source, "-o", outputs / "out", "--weights", "none")
+    assert made.exit_code == 0, made.output
+    assert "left out 2 tensors: multi-token prediction, which is not run" in made.stdout
 
 
 def test_with_json_it_prints_what_each_step_did(
