@@ -76,7 +76,7 @@ def main() -> None:
     config = random_config(args.rank, args.rope)
     model = random_model(config, args.outliers)
     ids = torch.randint(0, config.vocab_size, (args.tokens,)).split(WINDOW)
-    text = CalibrationText(tuple(tuple(part.tolist()) for part in ids), "")
+    text = CalibrationText(tuple(tuple(part.tolist()) for part in ids))
     measured, _ = calibrate(
         model, config, text, [FORMATS] * config.num_hidden_layers, measures_kl=False
     )

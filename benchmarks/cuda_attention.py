@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 
-from mla_deploy.cache import PAGE_TOKENS, cache_record
+from mla_deploy.cache import cache_record
+from mla_deploy.manifest import PAGE_TOKENS
 from mla_deploy.runtime.cuda import AttentionSizes, CudaKernels, Tensor, cuda_library
 
 NOPE, ROPE, VALUE = 128, 64, 128

@@ -19,10 +19,11 @@ from typing import Any, cast
 
 import torch
 
-from mla_deploy.cache import PAGE_TOKENS, pages_for
+from mla_deploy.cache import pages_for
 from mla_deploy.config_reader import read_json_object
 from mla_deploy.evaluate.retrieval import make_trial
 from mla_deploy.families import load_config
+from mla_deploy.manifest import PAGE_TOKENS
 from mla_deploy.model import empty_cache, load_model
 from mla_deploy.tokenizer import Tokenizer
 

@@ -2,22 +2,19 @@
 
     convert  ->  quantize  ->  export
 
-A step that a model does not need is left out. The checkpoints in between are in `OUT.build`, a
+A step that a model does not need is left out. The checkpoints in between are in `OUT.partial`, a
 folder beside the output, and each goes when the next one is whole.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mla_deploy import __version__
 from mla_deploy.bundle import MANIFEST
 from mla_deploy.exporters.build_plan import BuildOptions, BuildPlan, plan_build
 from mla_deploy.exporters.onnx.export import (
@@ -27,15 +24,17 @@ from mla_deploy.exporters.onnx.export import (
 )
 from mla_deploy.exporters.tensorrt.build import check_memory
 from mla_deploy.exporters.tensorrt.export import TensorRtOptions, TensorRtReport, export_tensorrt
+from mla_deploy.job import job_of
 from mla_deploy.output import check_output, check_space
 from mla_deploy.quant.compress.convert import convert_checkpoint
+from mla_deploy.quant.compress.options import calibration_paths
 from mla_deploy.quant.compress.report import ConversionReport
 from mla_deploy.quant.compress.source import Source
 from mla_deploy.quant.hqq_source import open_source, options_of_source
 from mla_deploy.quant.options import recipe_for
 from mla_deploy.quant.plan import make_plan
 from mla_deploy.quant.quantize import Progress, QuantizeReport, quantize_checkpoint
-from mla_deploy.quant.workspace import JOB_FILE, claimed
+from mla_deploy.workspace import claimed, holds_work
 
 StepState = Literal["done", "done before", "not needed"]
 """`done before`: by an earlier run, which was stopped."""
@@ -94,8 +93,8 @@ def build_bundle(
     """Convert a checkpoint where its attention is not latent yet, quantise and export it.
 
     One that is quantised already is only exported. A build that was killed or interrupted goes on
-    where it stopped when it is repeated: finished steps are kept in `OUT.build`, also after an
-    error in a later one. At the end, and after an error in the first step, that folder is gone.
+    where it stopped when it is repeated: what is finished is kept in `OUT.partial`, also after an
+    error. At the end, and after an error before anything was finished, that folder is gone.
 
     Args:
         source: folder of a Hugging Face checkpoint, or of one of ours.
@@ -107,7 +106,7 @@ def build_bundle(
     Raises:
         UsageError: options that do not fit the model, or lack what a conversion needs.
         ConfigError, CheckpointError, TokenizerError: the source is not whole or not supported.
-        OutputError: the output exists, the disk is full, or `OUT.build` is of another job.
+        OutputError: the output exists, the disk is full, or `OUT.partial` is of another job.
         BuildError: an engine cannot be built.
     """
     started = time.monotonic()
@@ -115,23 +114,24 @@ def build_bundle(
     options = options or BuildOptions()
     say = say or (lambda text: None)
     plan = plan_build(source, options)
-    check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
-    work = out.with_name(f"{out.name}.build")
+    output = check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
     if plan.quantize is None:
         say(f"{source} is quantised already: it is only exported")
-        run = _Run(source, work, plan, options, progress)
-        return run.report(run.export(source, out, force), started)
-    with claimed(work, _job(source, options)), _kept_if_worth_it(work, say):
+        run = _Run(source, out.parent, plan, options, progress)
+        return run.report(run.export(source, out, force), out, started)
+    with claimed(out, _job(source, options), say=say) as work:
         run = _Run(source, work, plan, options, progress)
         run.check_room()
         say(
             f"goes on from what is in {work}"
-            if _is_begun(work)
+            if holds_work(work)
             else f"unfinished work is in {work}: if this is stopped, the same command goes on"
         )
-        report = run.report(run.export(run.quantized(), out, force), started)
+        bundle = work / "bundle"
+        made = run.export(run.quantized(), bundle, True)
+        output.publish(bundle)
         shutil.rmtree(work)
-    return report
+    return run.report(made, out, started)
 
 
 class _Run:
@@ -210,10 +210,10 @@ class _Run:
         engines = TensorRtOptions(targets=(target,))
         return export_tensorrt(source, out, engines, force=force, progress=progress)
 
-    def report(self, made: ExportReport | TensorRtReport, started: float) -> BuildReport:
+    def report(self, made: ExportReport | TensorRtReport, out: Path, started: float) -> BuildReport:
         """What this run did."""
         return BuildReport(
-            bundle=made.bundle,
+            bundle=out,
             target=self.options.target,
             bytes=made.bytes,
             kv_bytes_per_token=made.kv_bytes_per_token,
@@ -237,39 +237,9 @@ def _state(is_needed: bool, is_there: bool) -> StepState:
     return "done before" if is_there else "done"
 
 
-def _is_begun(work: Path) -> bool:
-    return any(name != JOB_FILE for name in os.listdir(work))
-
-
-@contextmanager
-def _kept_if_worth_it(work: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Remove the work folder after an error, unless it holds what a repeated run can use."""
-    try:
-        yield
-    except BaseException:
-        if _is_begun(work):
-            say(f"what is done so far is kept in {work}: the same command goes on from it")
-        else:
-            shutil.rmtree(work, ignore_errors=True)
-        raise
-
-
 def _job(source: Path, options: BuildOptions) -> dict[str, Any]:
     """What must be equal for a repeated run to go on with the work of another. The target may
     change: only the export knows it."""
-    files = (
-        *sorted(file for file in source.iterdir() if file.is_file()),
-        *map(Path, options.texts),
-    )
-    return {
-        "version": __version__,
-        "source": str(source.resolve()),
-        "files": {str(file): _stamp(file) for file in files if file.is_file()},
-        "options": {**options.quantized_by(), "calibration": list(options.calibration)},
-        "target_ratio": options.target_ratio,
-    }
-
-
-def _stamp(file: Path) -> list[int]:
-    found = file.stat()
-    return [found.st_size, found.st_mtime_ns]
+    given = {**options.quantized_by(), "target_ratio": options.target_ratio}
+    given["calibration"] = calibration_paths(options.calibration)
+    return job_of("build", [source], given, map(Path, options.texts))

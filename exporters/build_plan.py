@@ -13,10 +13,11 @@ from mla_deploy.errors import UsageError
 from mla_deploy.exporters.onnx.export import TARGETS
 from mla_deploy.exporters.tensorrt.build import check_backend
 from mla_deploy.exporters.tensorrt.capability import DEFAULT, capability
+from mla_deploy.families import CONVERTIBLE
 from mla_deploy.quant.calibrate import AUTO
 from mla_deploy.quant.compress.geometry import candidates
 from mla_deploy.quant.compress.options import SELF, ConvertOptions
-from mla_deploy.quant.compress.source import FAMILIES, Source
+from mla_deploy.quant.compress.source import Source
 from mla_deploy.quant.options import QuantizeOptions
 from mla_deploy.recipe import RECIPE_KEY
 from mla_deploy.tokenizer_files import checked_tokenizer
@@ -74,7 +75,7 @@ def plan_build(source: Path, options: BuildOptions) -> BuildPlan:
         )
         return BuildPlan(None, None)
     convert = None
-    if raw.get("model_type") in FAMILIES:
+    if raw.get("model_type") in CONVERTIBLE:
         convert = _conversion(source, options)
     else:
         _refuse_any(

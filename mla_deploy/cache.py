@@ -22,8 +22,8 @@ from importlib.metadata import entry_points
 import torch
 
 from mla_deploy.errors import ConfigError
+from mla_deploy.manifest import PAGE_TOKENS
 
-PAGE_TOKENS = 64
 BLOCK_TOKENS = 16
 ENTRY_POINT_GROUP = "mla_deploy.cache_records"
 

@@ -28,6 +28,7 @@ from mla_deploy.config import MlaConfig
 from mla_deploy.config_reader import read_json_object
 from mla_deploy.errors import CheckpointError
 from mla_deploy.families import load_config
+from mla_deploy.packing import SUFFIXES
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -37,6 +38,12 @@ _CHECK_VALUES = 1 << 20
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _ITEM_BYTES = {**_FLOAT_BYTES, "U8": 1}
 _FLOAT8 = "F8_E4M3"
+_RESAVE = (
+    "save it anew, where you trust it: transformers' AutoModelForCausalLM.from_pretrained(MODEL)"
+    ".save_pretrained(OUT), and copy the tokenizer"
+)
+_BYTES_IN = tuple(f".{part}" for part in SUFFIXES)
+"""Ends of the names of tensors that may hold bytes: parts of quantised matrices."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +129,12 @@ class TensorFolder:
                 allowed=list(shape),
                 hint="check that config.json belongs to these weights",
             )
-        if info.dtype not in _ITEM_BYTES:
+        allowed = _ITEM_BYTES if name.endswith(_BYTES_IN) else _FLOAT_BYTES
+        if info.dtype not in allowed:
             raise CheckpointError(
                 f"{info.file}: the tensor {name} has a type that is not supported",
                 found=info.dtype,
-                allowed=", ".join(sorted(_ITEM_BYTES)),
+                allowed=", ".join(sorted(allowed)),
             )
         return info
 
@@ -216,7 +224,7 @@ def _weight_files(folder: Path) -> Iterator[Path]:
                 f"{folder} holds no weights",
                 found="pickled weights, which are never loaded" if pickled else None,
                 allowed=f"{SINGLE_FILE}, or {INDEX_FILE} with its shards",
-                hint="save the model with safe_serialization" if pickled else None,
+                hint=_RESAVE if pickled else None,
             )
         yield single
         return

@@ -156,6 +156,7 @@ def read_common(
     heads = keys.integer("num_attention_heads")
     keys.expect("num_key_value_heads", heads, None)
     keys.expect("hidden_act", "silu")
+    keys.expect("partial_rotary_factor", 1.0, None)  # of the rotary channels, which have a size
     return MlaConfig(
         model_type=keys.text("model_type"),
         vocab_size=keys.integer("vocab_size"),

@@ -6,7 +6,6 @@ A key that nobody reads could change what the model computes, so it is an error,
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,10 +23,12 @@ PROVENANCE_KEY = "conversion"
 NEUTRAL_KEYS = frozenset(
     {
         PROVENANCE_KEY,
-        "_name_or_path", "architectures", "attention_dropout", "auto_map", "aux_loss_alpha",
-        "dtype", "ep_size", "head_dim", "initializer_range", "model_type", "num_mtp_layers",
+        "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
+        "attn_implementation", "auto_map", "aux_loss_alpha", "dtype", "ep_size", "head_dim",
+        "initializer_range", "model_max_length", "model_type", "num_mtp_layers",
         "num_nextn_predict_layers", "output_router_logits", "pad_token_id", "pretraining_tp",
-        "qk_head_dim", "seq_aux", "torch_dtype", "transformers_version", "use_cache",
+        "qk_head_dim", "seq_aux", "torch_dtype", "transformers.js_config", "transformers_version",
+        "unsloth_version", "use_cache",
     }
 )  # fmt: skip
 """Keys that do not change what a forward pass computes, or that repeat what other keys say."""
@@ -56,11 +57,11 @@ class ConfigReader:
             raise self._out_of_range(key, value, "a number that a float can hold")
         return float(value)
 
-    def positive(self, key: str, default: float | None = None) -> float:
-        """A number above zero."""
+    def positive(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
+        """A number above zero, or above another."""
         value = self.number(key, default)
-        if not 0 < value < math.inf:
-            raise self._out_of_range(key, value, "above 0")
+        if not above < value:
+            raise self._out_of_range(key, value, f"above {above:g}")
         return value
 
     def flag(self, key: str, default: bool | None = None) -> bool:
@@ -110,11 +111,12 @@ class ConfigReader:
             )
 
     def finish(self) -> None:
-        """Refuse keys that nobody read."""
-        if self._left:
+        """Refuse keys that nobody read; null is as good as absent."""
+        left = sorted(key for key in self._left if self._raw[key] is not None)
+        if left:
             raise ConfigError(
                 f"{self.origin} has keys that could change the result and are not known",
-                found=", ".join(sorted(self._left)),
+                found=", ".join(left),
                 hint="remove a key that does not matter, or teach the family to read it "
                 "(CONTRIBUTING.md)",
             )

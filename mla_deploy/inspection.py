@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mla_deploy.bundle import MANIFEST, Bundle, FileEntry, ModelInfo
+from mla_deploy.bundle import MANIFEST, Bundle
 from mla_deploy.errors import ConfigError, MlaError
+from mla_deploy.manifest import PAGE_TOKENS, FileEntry, ModelInfo
 
 if TYPE_CHECKING:
     from mla_deploy.config import MlaConfig, MoeConfig
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
     RecipeFor = Callable[[MlaConfig], Recipe]
 
-PAGE_TOKENS = 64
-"""A cache grows by pages; `mla_deploy.cache` has the same number and needs torch."""
 FLOAT16 = "fp16"
 
 
@@ -146,13 +145,12 @@ def _inspect_config(source: Path, recipes: Mapping[str, RecipeFor], verify: bool
     from mla_deploy.cache import cache_formats, formats_of_layers
     from mla_deploy.checkpoint import Checkpoint
     from mla_deploy.families import load_config
-    from mla_deploy.model import build, count_parameters, unquantized
-    from mla_deploy.modules.base import checkpoint_shapes
+    from mla_deploy.model import check_weights, count_parameters, unquantized
 
     config = load_config(source)
     if verify:
         folder = source if source.is_dir() else source.parent
-        Checkpoint(folder).check(checkpoint_shapes(build(config)))
+        check_weights(Checkpoint(folder))
     parameters = count_parameters(config)
     caches = []
     for name in cache_formats():

@@ -17,6 +17,7 @@ from mla_deploy.modules.base import checkpoint_shapes, parameter_sources
 from mla_deploy.modules.decoder import Decoder
 from mla_deploy.recipe import Recipe
 from mla_deploy.sources import Read
+from mla_deploy.unused import unused_tensors
 
 
 def build(config: MlaConfig) -> Decoder:
@@ -31,9 +32,21 @@ def load_model(path: Path | str) -> Decoder:
         ConfigError, CheckpointError: as `Checkpoint` does.
     """
     checkpoint = Checkpoint(path)
-    model = build(checkpoint.config)
-    checkpoint.check(checkpoint_shapes(model))
+    model = check_weights(checkpoint)
     load_parameters(model, checkpoint.read)
+    return model
+
+
+def check_weights(checkpoint: Checkpoint) -> Decoder:
+    """Hold a checkpoint's tensors against its config.json; the model, without storage.
+
+    Raises:
+        CheckpointError: one is missing, of another shape, or of no use to the model.
+    """
+    model = build(checkpoint.config)
+    shapes = checkpoint_shapes(model)
+    checkpoint.check(shapes)
+    unused_tensors(checkpoint, shapes, checkpoint.config)
     return model
 
 

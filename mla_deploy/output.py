@@ -1,4 +1,4 @@
-"""Writing a result folder: whole, or not at all."""
+"""Where a result goes; `mla_deploy.workspace` is where it grows."""
 
 from __future__ import annotations
 
@@ -7,41 +7,93 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from mla_deploy.errors import OutputError
 
 
-def check_output(source: Path, out: Path, is_ours: Callable[[Path], bool], *, force: bool) -> None:
+@dataclass(frozen=True)
+class Output:
+    """The folder that a command makes.
+
+    Attributes:
+        is_ours: tells an earlier result of the same command. With `force` such a folder may be
+            replaced, and an empty one, but no other.
+    """
+
+    path: Path
+    is_ours: Callable[[Path], bool]
+    force: bool
+
+    def check(self) -> None:
+        """Raise an OutputError where something is in the way that may not be replaced."""
+        out = self.path
+        if not os.path.lexists(out):
+            return
+        if not self.force:
+            raise OutputError(
+                f"{out} exists already", hint="choose another name, or replace it with --force"
+            )
+        is_folder = out.is_dir() and not out.is_symlink()
+        if not is_folder or (any(out.iterdir()) and not self.is_ours(out)):
+            raise OutputError(
+                f"{out} is not replaced, because mla-deploy did not write it",
+                allowed="an earlier result of the same command, or an empty folder",
+                hint="choose another name, or remove it yourself",
+            )
+
+    def publish(self, finished: Path) -> None:
+        """Give a finished folder its name; an old result goes only when the new one is in place.
+
+        Raises:
+            OutputError: what came there since the first check may not be replaced, or the folder
+                cannot be renamed. Then all is as it was.
+        """
+        self.check()
+        out = self.path
+        with writing(out):
+            if not os.path.lexists(out):
+                finished.rename(out)
+                return
+            replaced = out.with_name(f".{out.name}.replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            out.rename(replaced)
+            try:
+                finished.rename(out)
+            except BaseException:
+                replaced.rename(out)
+                raise
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def check_output(
+    source: Path, out: Path, is_ours: Callable[[Path], bool], *, force: bool
+) -> Output:
     """Refuse an output that exists, that holds the source, or that lies in it.
 
     Args:
         source: what is read.
         out: the folder to make.
-        is_ours: tells an earlier result of the same command. With `force` such a folder may be
-            replaced, and an empty one, but no other.
+        is_ours, force: as of `Output`.
 
     Raises:
         OutputError
     """
     here, there = source.resolve(), out.resolve()
     if here == there or here in there.parents or there in here.parents:
-        raise OutputError("the output must be apart from the source", found=f"{out} and {source}")
-    if not os.path.lexists(out):
-        if not out.parent.is_dir():
-            raise OutputError(f"{out} cannot be made", found=f"{out.parent} is no folder")
-        return
-    if not force:
         raise OutputError(
-            f"{out} exists already", hint="choose another name, or replace it with --force"
+            "the output must be apart from the source",
+            found=f"{out} and {source}",
+            hint="name another folder",
         )
-    is_folder = out.is_dir() and not out.is_symlink()
-    if not is_folder or (any(out.iterdir()) and not is_ours(out)):
+    if not out.parent.is_dir():
         raise OutputError(
-            f"{out} is not replaced, because mla-deploy did not write it",
-            allowed="an earlier result of the same command, or an empty folder",
-            hint="choose another name, or remove it yourself",
+            f"{out} cannot be made", found=f"{out.parent} is no folder", hint="make it first"
         )
+    output = Output(out, is_ours, force)
+    output.check()
+    return output
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -68,32 +120,3 @@ def writing(folder: Path) -> Iterator[None]:
             found=error.strerror or error,
             hint="free some space or choose another disk" if is_full else None,
         ) from None
-
-
-def publish(finished: Path, out: Path) -> None:
-    """Give a finished folder its name; an old result goes only when the new one is in place."""
-    replaced = out.with_name(f".{out.name}.replaced")
-    with writing(out):
-        if os.path.lexists(out):
-            shutil.rmtree(replaced, ignore_errors=True)
-            out.rename(replaced)
-        finished.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `out` on success, and disappears on failure.
-
-    Raises:
-        OutputError: it cannot be made or renamed.
-    """
-    partial = out.with_name(f".{out.name}.partial")
-    with writing(partial):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-    try:
-        yield partial
-        publish(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

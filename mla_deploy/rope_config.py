@@ -61,8 +61,9 @@ def read_rope(keys: ConfigReader) -> RopeConfig:
             found=kind,
             allowed=", ".join(KINDS),
         )
+    nested.expect("partial_rotary_factor", 1.0, None)
     rope = RopeConfig(
-        theta=nested.positive("rope_theta", keys.positive("rope_theta", 10000.0)),
+        theta=nested.positive("rope_theta", keys.positive("rope_theta", 1e4), above=1.0),
         yarn=_read_yarn(nested) if kind == "yarn" else None,
         longrope=_read_longrope(nested, keys) if kind == "longrope" else None,
     )

@@ -29,7 +29,8 @@ from mla_deploy.quant.calibration_text import CalibrationText
 from mla_deploy.quant.fold import LatentRotation
 from mla_deploy.recipe import CALIBRATION_FILE
 
-_AXES_FILE = "axes.safetensors"
+AXES_FILE = "axes.safetensors"
+"""In the partial folder: the balanced axes, which are in the weights at the end."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def save_choices(folder: Path, choices: CacheChoices) -> None:
     blocks = [None if one is None else one.block for one in choices.rotations]
     text = json.dumps({**choices.to_json(), "blocks": blocks}, indent=1) + "\n"
     with writing(folder):
-        save_file(axes, folder / _AXES_FILE)
+        save_file(axes, folder / AXES_FILE)
         temporary = folder / f".{CALIBRATION_FILE}.tmp"
         temporary.write_text(text, encoding="utf-8")
         temporary.rename(folder / CALIBRATION_FILE)
@@ -160,7 +161,7 @@ def load_choices(folder: Path) -> CacheChoices | None:
     if not file.exists():
         return None
     raw: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    axes: dict[str, torch.Tensor] = load_file(folder / _AXES_FILE)
+    axes: dict[str, torch.Tensor] = load_file(folder / AXES_FILE)
     return CacheChoices(
         Calibration.from_json(raw),
         tuple(CacheChoice(**one) for one in raw["chosen"]),
@@ -171,8 +172,3 @@ def load_choices(folder: Path) -> CacheChoices | None:
         raw["budget"],
         tuple(Point(**one) for one in raw["points"]),
     )
-
-
-def remove_axes(folder: Path) -> None:
-    """The matrices are in the weights now."""
-    (folder / _AXES_FILE).unlink(missing_ok=True)

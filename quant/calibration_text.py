@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,6 @@ class CalibrationText:
     """The text, read and checked before any work."""
 
     windows: tuple[tuple[int, ...], ...]
-    sha256: str
 
     @classmethod
     def read(
@@ -62,5 +59,4 @@ class CalibrationText:
         wanted = max(1, tokens // size)
         step = max(1, len(every) // wanted)
         chosen = tuple(part for part in every[::step][:wanted] if len(part) > 1)
-        digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
-        return cls(chosen, digest)
+        return cls(chosen)

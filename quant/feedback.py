@@ -34,7 +34,7 @@ from mla_deploy.recipe import WeightFormat
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to the moments, as in GPTQ."""
-_FILE = "moments.safetensors"
+MOMENTS_FILE = "moments.safetensors"
 
 
 def quantize_with_feedback(
@@ -101,7 +101,7 @@ def measure_moments(
 
     Routed experts are left out: each sees too few tokens of a calibration.
     """
-    if (folder / _FILE).exists():
+    if (folder / MOMENTS_FILE).exists():
         return
     model = load_model(source)
     found: dict[str, torch.Tensor] = {}
@@ -119,10 +119,10 @@ def measure_moments(
         run.log_probabilities(*run.layer(config.num_hidden_layers - 1, x, residual))
         if progress is not None:
             progress(done, len(text.windows), "moments of the inputs")
-    temporary = folder / f".{_FILE}.tmp"
+    temporary = folder / f".{MOMENTS_FILE}.tmp"
     with writing(folder):
         save_file(found, temporary)
-        temporary.rename(folder / _FILE)
+        temporary.rename(folder / MOMENTS_FILE)
 
 
 def moments_of(folder: Path, config: MlaConfig) -> Callable[[str], torch.Tensor | None]:
@@ -134,16 +134,11 @@ def moments_of(folder: Path, config: MlaConfig) -> Callable[[str], torch.Tensor 
     def read(name: str) -> torch.Tensor | None:
         if name not in owner:
             return None
-        with safe_open(folder / _FILE, framework="pt") as file:
+        with safe_open(folder / MOMENTS_FILE, framework="pt") as file:
             moments: torch.Tensor = file.get_tensor(owner[name])
         return moments
 
     return read
-
-
-def remove_moments(folder: Path) -> None:
-    """They are of no use once the weights are written."""
-    (folder / _FILE).unlink(missing_ok=True)
 
 
 def _matrices(model: Decoder) -> list[tuple[Sequence[str], Linear]]:

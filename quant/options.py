@@ -29,7 +29,7 @@ Kind = Literal["linear", "experts", "embedding", "lm_head"]
 _BITS = {"int4": 4, "int8": 8, AUTO: 4}
 """Before a calibration has run, the smallest format stands for what it may choose."""
 _ROTATED_CACHES = frozenset({"int8", "int4", "int4-g32", "int3", "int2"})
-"""Formats that gain from a rotated latent; docs/quantization.md has the figures."""
+"""Formats that gain from a rotated latent; docs/quantization-study.md has the figures."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,20 @@ class QuantizeOptions:
                     found=getattr(self, name),
                     allowed=", ".join(str(one) for one in values if one is not None),
                 )
+
+        self._check_grid()
+
+    def _check_grid(self) -> None:
+        """Raise a UsageError for options of quantised matrices where there are none."""
+        kinds: tuple[Kind, ...] = get_args(Kind)
+        values = (("--group", self.group, None), ("--zeros", self.zeros, "integer"))
+        found = [f"{name} {value}" for name, value, default in values if value != default]
+        if found and not any(self.chosen(kind) in _BITS for kind in kinds):
+            raise UsageError(
+                "no matrix is quantised, so that scales and zeros have nothing to do",
+                found=f"--weights {self.weights} {' '.join(found)}",
+                hint=f"leave {' and '.join(found)} out, or quantise: --weights int4",
+            )
 
     def _check_budget(
         self, option: str, value: str, budget: float | None, what: str, example: str

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,10 +25,7 @@ from mla_deploy.quant.weight_axes import weight_rotation
 from mla_deploy.quant.weights import quantize_matrix
 from mla_deploy.recipe import WeightFormat
 from mla_deploy.sources import UpProjection
-
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
-_DERIVED = "rotary_emb.inv_freq"
-"""Buffers that old checkpoints hold; they follow from config.json."""
+from mla_deploy.unused import unused_tensors
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 Moments = Callable[[str], torch.Tensor | None]
@@ -186,7 +182,7 @@ def make_plan(
             or _plain_bytes(checkpoint.info(source), dtype),
         )
         steps[step.target] = step
-    return Plan(tuple(steps.values()), _skipped(checkpoint, expected, config))
+    return Plan(tuple(steps.values()), unused_tensors(checkpoint, expected, config))
 
 
 def _same(rotation: LatentRotation | None) -> Rotate | None:
@@ -270,30 +266,3 @@ def _output_bytes(shape: tuple[int, ...], weight_format: WeightFormat | None) ->
 
 def _plain_bytes(info: TensorInfo, dtype: torch.dtype | None) -> int:
     return info.read_bytes if dtype is None else math.prod(info.shape) * dtype.itemsize
-
-
-def _skipped(
-    checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]], config: MlaConfig
-) -> dict[str, tuple[str, ...]]:
-    """Sort the tensors that the model does not use; those without a reason are an error."""
-    skipped: dict[str, list[str]] = {}
-    unknown = []
-    for name in checkpoint.tensors:
-        layer = _LAYER.match(name)
-        if name in expected:
-            continue
-        if layer and int(layer[1]) >= config.num_hidden_layers:
-            skipped.setdefault("multi-token prediction, which is not run", []).append(name)
-        elif name.endswith(_DERIVED):
-            skipped.setdefault("follows from config.json", []).append(name)
-        elif name == "lm_head.weight" and config.tie_word_embeddings:
-            skipped.setdefault("tied to the embedding", []).append(name)
-        else:
-            unknown.append(name)
-    if unknown:
-        raise CheckpointError(
-            f"{checkpoint.path} holds tensors that the model does not use",
-            found=f"{len(unknown)}, such as {unknown[0]}",
-            hint="check that config.json belongs to these weights",
-        )
-    return {reason: tuple(names) for reason, names in skipped.items()}

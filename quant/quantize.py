@@ -7,30 +7,29 @@ model: about one shard (128 MiB) and one matrix are held.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import mla_deploy
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
 from mla_deploy.config_reader import read_json_object
 from mla_deploy.errors import CheckpointError, ConfigError, UsageError
+from mla_deploy.job import job_of
 from mla_deploy.output import check_output, check_space, writing
 from mla_deploy.quant.cache_choice import (
+    AXES_FILE,
     CacheChoices,
     choose_cache,
     load_choices,
-    remove_axes,
     save_choices,
 )
 from mla_deploy.quant.calibrate import AUTO
 from mla_deploy.quant.calibration_text import CalibrationText
-from mla_deploy.quant.feedback import measure_moments, moments_of, remove_moments
+from mla_deploy.quant.feedback import MOMENTS_FILE, measure_moments, moments_of
 from mla_deploy.quant.hqq_source import open_source, options_of_source
 from mla_deploy.quant.options import QuantizeOptions, recipe_for
 from mla_deploy.quant.plan import Moments, Outcome, Plan, Step, make_plan
@@ -42,13 +41,14 @@ from mla_deploy.quant.weight_choice import (
     save_weight_choices,
 )
 from mla_deploy.quant.weight_loss import Layers
-from mla_deploy.quant.workspace import workspace
 from mla_deploy.recipe import RECIPE_KEY, Recipe
 from mla_deploy.shards import ShardWriter
 from mla_deploy.tokenizer_files import check_tokenizer_if_any, copy_to_checkpoint
+from mla_deploy.workspace import workspace
 
-_ERRORS_FILE = "errors.jsonl"
+_ERRORS_FILE = ".errors.jsonl"
 """In the partial folder: the error of each matrix done, so that a resumed run can report them."""
+_SCRATCH = (_ERRORS_FILE, AXES_FILE, MOMENTS_FILE)
 
 
 class Progress(Protocol):
@@ -126,15 +126,18 @@ def quantize_checkpoint(
     options: QuantizeOptions | None = None,
     progress: Progress | None = None,
     *,
+    say: Callable[[str], None] | None = None,
     force: bool = False,
 ) -> QuantizeReport:
     """Quantise a checkpoint into a new folder.
 
-    A killed run leaves `OUT.partial`, from which the same call goes on; a failed one nothing.
+    A run that was killed, or that failed with something finished, leaves `OUT.partial`, from which
+    the same call goes on.
 
     Args:
         source: folder of a Hugging Face checkpoint.
         out: folder to make.
+        say: told what the person at the terminal should know when it fails.
         force: replace an earlier result. It stays until the new one is whole.
 
     Raises:
@@ -164,13 +167,15 @@ def quantize_checkpoint(
     plan = make_plan(checkpoint, replace(config, recipe=recipe))
     if options.allocated:
         check_weight_budget(plan, options.allocated, options.weights_budget or 0.0)
-    check_output(source, out, _is_ours, force=force)
+    output = check_output(source, out, _is_ours, force=force)
     text = None
     if options.calibration:
         text = CalibrationText.read(options.calibration, source, config)
     choices: CacheChoices | None = None
     weights: WeightChoices | None = None
-    with workspace(out, _job(checkpoint, raw_config, options, text)) as folder:
+    texts = [Path(name) for name in options.calibration]
+    job = job_of("quantize", [source], {**dataclasses.asdict(options), "calibration": texts}, texts)
+    with workspace(output, job, scratch=_SCRATCH, say=say) as folder:
         moments = None
         if text is not None:
             choices = _calibrate(source, folder, config, text, options, recipe, progress)
@@ -193,8 +198,6 @@ def quantize_checkpoint(
         run.weights()
         raw_config.pop("quantization_config", None)  # the source's, which is the recipe's now
         _write_companions(source, folder, {**raw_config, RECIPE_KEY: recipe.to_json()})
-        remove_axes(folder)
-        remove_moments(folder)
     return QuantizeReport(
         recipe=recipe,
         source_bytes=_source_bytes(checkpoint, plan),
@@ -261,7 +264,6 @@ class _Run:
             if self.progress is not None:
                 self.progress(done, total, step.target)
         writer.finish()
-        errors_file.unlink(missing_ok=True)
 
     def _count(self, step: Step, squared_error: float, squared_sum: float) -> None:
         kind = self.kinds.setdefault(step.kind, KindReport())
@@ -306,28 +308,6 @@ def _is_ours(out: Path) -> bool:
         return RECIPE_KEY in read_json_object(out / "config.json")
     except ConfigError:
         return False
-
-
-def _job(
-    checkpoint: Checkpoint,
-    raw_config: Mapping[str, Any],
-    options: QuantizeOptions,
-    text: CalibrationText | None,
-) -> dict[str, Any]:
-    """What must be equal for a repeated run to go on with the work of another."""
-    files = sorted({info.file for info in checkpoint.tensors.values()})
-    times = {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
-    headers = sorted(
-        (name, info.file.name, info.dtype, info.shape) for name, info in checkpoint.tensors.items()
-    )
-    seen = json.dumps([times, headers, raw_config], sort_keys=True)
-    return {
-        "version": mla_deploy.__version__,
-        "source": str(checkpoint.path.resolve()),
-        "source_sha256": hashlib.sha256(seen.encode()).hexdigest(),
-        "options": {**dataclasses.asdict(options), "calibration": list(options.calibration)},
-        "calibration_sha256": None if text is None else text.sha256,
-    }
 
 
 def _source_bytes(checkpoint: Checkpoint, plan: Plan) -> int:

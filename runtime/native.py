@@ -37,7 +37,7 @@ def onnxruntime_library() -> Path:
     if found is None or found.origin is None:
         raise UsageError(
             "onnxruntime is not installed",
-            hint="pip install 'mla-deploy[cpu]', or 'mla-deploy[gpu]'",
+            hint="pip install onnxruntime, or onnxruntime-gpu",
         )
     folder = Path(found.origin).parent / "capi"
     libraries = sorted(folder.glob("libonnxruntime.so*"))

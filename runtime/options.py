@@ -53,13 +53,15 @@ class GenerationOptions:
             if not isinstance(value, (int, float)):
                 raise UsageError(f"{name} is out of range", found=repr(value), allowed="a number")
         self.sampling()
+        if isinstance(self.stop, list):
+            object.__setattr__(self, "stop", tuple(self.stop))
         if not isinstance(self.stop, tuple) or not all(
             isinstance(text, str) and text for text in self.stop
         ):
             raise UsageError(
                 "stop is out of range",
                 found=repr(self.stop),
-                allowed="a tuple of non-empty strings",
+                allowed="a list or tuple of non-empty strings",
             )
 
     def sampling(self) -> _runtime.SamplingOptions:

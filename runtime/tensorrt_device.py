@@ -9,9 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mla_deploy.bundle import PORTABLE_TARGET, Bundle, EngineInfo, TensorRtInfo
+from mla_deploy.bundle import Bundle
 from mla_deploy.errors import BundleError, UsageError
 from mla_deploy.gpu import gpu_target
+from mla_deploy.manifest import PORTABLE_TARGET, EngineInfo, TensorRtInfo
 from mla_deploy.runtime.tensorrt_cache import Array
 from mla_deploy.runtime.tensorrt_plugin import (
     PLUGIN,
@@ -76,7 +77,7 @@ def open_engine(bundle: Bundle) -> tuple[CudaDevice, TensorRtExecution]:
     info = bundle.manifest.tensorrt
     assert info is not None
     entry = engine_for(info, str(bundle.path), gpu_target())
-    trt = _import(info.module, "pip install 'mla-deploy[tensorrt]', or take JetPack's TensorRT")
+    trt = _import(info.module, "pip install tensorrt-rtx, or take JetPack's TensorRT")
     check_version(info, str(bundle.path), entry.target, trt.__version__)
     if info.plugin:
         load_plugin(trt, require_plugin_library())

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from mla_deploy.bundle import Manifest, ProfileInfo
 from mla_deploy.errors import SessionError
+from mla_deploy.manifest import Manifest, ProfileInfo
 from mla_deploy.runtime import _runtime
 from mla_deploy.runtime.cancellation import CancelledError
 from mla_deploy.runtime.native import Logits

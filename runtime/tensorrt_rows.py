@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mla_deploy.bundle import CacheInfo
 from mla_deploy.errors import SessionError
+from mla_deploy.manifest import CacheInfo
 from mla_deploy.runtime.tensorrt_cache import Device, Place
 
 ALIGNMENT = 256

@@ -23,6 +23,7 @@ from mla_deploy.checkpoint import (
     Checkpoint,
 )
 from mla_deploy.errors import CheckpointError, ConfigError, MlaError, OutputError
+from mla_deploy.inspection import inspect_model
 from mla_deploy.model import load_model
 from mla_deploy.output import writing
 from mla_deploy.shards import ShardWriter
@@ -214,7 +215,7 @@ def test_a_wrong_shape(single: Path) -> None:
     assert (error.found, error.allowed) == ("[95]", "[96]")
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int64, torch.uint8])
 def test_a_type_that_is_not_supported(dtype: torch.dtype, single: Path) -> None:
     def convert(tensors: dict[str, torch.Tensor]) -> None:
         tensors[NORM] = tensors[NORM].to(dtype)
@@ -223,6 +224,18 @@ def test_a_type_that_is_not_supported(dtype: torch.dtype, single: Path) -> None:
     error = error_of(single)
     assert "type that is not supported" in error.what
     assert "BF16" in str(error.allowed)
+
+
+def test_a_tensor_that_the_model_does_not_use(single: Path) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.q_norm.weight"] = torch.ones(4)
+
+    change_tensors(single, add)
+    error = error_of(single)
+    assert "does not use" in error.what
+    assert "q_norm" in str(error.found)
+    with pytest.raises(CheckpointError, match="does not use"):
+        inspect_model(single, verify=True)
 
 
 def test_a_missing_shard(sharded: Path) -> None:
@@ -259,7 +272,7 @@ def test_pickled_weights_are_never_loaded(single: Path) -> None:
     (single / SINGLE_FILE).rename(single / "pytorch_model.bin")
     error = error_of(single)
     assert "pickled" in str(error.found)
-    assert "safe_serialization" in str(error.hint)
+    assert "save_pretrained" in str(error.hint)
 
 
 def test_no_weights_at_all(single: Path) -> None:

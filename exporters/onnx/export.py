@@ -12,20 +12,8 @@ import onnx
 import onnx_ir as ir
 
 from mla_deploy import __version__
-from mla_deploy.bundle import (
-    FORMAT_VERSION,
-    MANIFEST,
-    CacheInfo,
-    CachePartInfo,
-    CudaInfo,
-    GraphInfo,
-    LayerCache,
-    Manifest,
-    ModelInfo,
-    describe_file,
-    write_manifest,
-)
-from mla_deploy.cache import PAGE_TOKENS, CachePart
+from mla_deploy.bundle import MANIFEST, describe_file, write_manifest
+from mla_deploy.cache import CachePart
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import UsageError
@@ -33,11 +21,23 @@ from mla_deploy.exporters.onnx.graph import build_graph
 from mla_deploy.exporters.onnx.ort import OnnxRuntime
 from mla_deploy.exporters.onnx.ort_cuda import OnnxRuntimeCuda
 from mla_deploy.exporters.onnx.weights import Progress, write_external_data
-from mla_deploy.model import cache_parts, count_parameters
-from mla_deploy.output import check_output, check_space, new_folder, writing
+from mla_deploy.manifest import (
+    FORMAT_VERSION,
+    PAGE_TOKENS,
+    CacheInfo,
+    CachePartInfo,
+    CudaInfo,
+    GraphInfo,
+    LayerCache,
+    Manifest,
+    ModelInfo,
+)
+from mla_deploy.model import cache_parts, check_weights, count_parameters
+from mla_deploy.output import check_output, check_space, writing
 from mla_deploy.recipe import CALIBRATION_FILE, WEIGHT_BITS_FILE
 from mla_deploy.tokenizer import Tokenizer
 from mla_deploy.tokenizer_files import BUNDLE_FILES, checked_tokenizer, write_to_bundle
+from mla_deploy.workspace import workspace
 
 GRAPH_FILE = "model.onnx"
 TARGETS: dict[str, type[OnnxRuntime]] = {"cpu": OnnxRuntime, "cuda": OnnxRuntimeCuda}
@@ -85,13 +85,14 @@ def export_onnx(
         )
     spelling = TARGETS[target]()
     checkpoint = Checkpoint(source)
+    check_weights(checkpoint)
     config = checkpoint.config
     tokenizer = checked_tokenizer(source)
-    check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
+    output = check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
     graph = build_graph(config, checkpoint, spelling)
     initializers = list(graph.builder.initializers.values())
     check_space(out.parent, sum(one.nbytes for one in initializers))
-    with new_folder(out) as folder:
+    with workspace(output) as folder:
         data = folder / f"{GRAPH_FILE}.data"
         weights = write_external_data(initializers, data, checkpoint.read, progress)
         for name, tensor in weights.items():
@@ -115,10 +116,9 @@ def export_onnx(
                 files=[describe_file(folder, name) for name in names],
             )
             write_manifest(folder, manifest)
-        size = sum(file.stat().st_size for file in folder.iterdir())
     return ExportReport(
         bundle=out,
-        bytes=size,
+        bytes=sum(file.stat().st_size for file in out.iterdir()),
         seconds=time.monotonic() - start,
         nodes=len(graph.builder.nodes),
         kv_bytes_per_token=sum(

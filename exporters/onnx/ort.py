@@ -41,7 +41,7 @@ ops = torch.ops.mla_deploy
 
 
 class OnnxRuntime(Target):
-    """The graph that `mla_deploy.bundle` describes: a paged cache, meant to be written in place.
+    """The graph that `mla_deploy.manifest` describes: a paged cache, meant to be written in place.
 
     This one is for the CPU; others say what differs.
     """

@@ -23,7 +23,7 @@ EXPERT_TILE = 64
 
 
 class OnnxRuntimeCuda(ort.OnnxRuntime):
-    """The graph of `mla_deploy.bundle` for a GPU."""
+    """The graph of `mla_deploy.manifest` for a GPU."""
 
     name = NAME
     opset = OPSET

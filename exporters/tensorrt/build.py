@@ -19,10 +19,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
-from mla_deploy.bundle import ProfileInfo, TensorInfo
 from mla_deploy.errors import MlaError, UsageError
 from mla_deploy.exporters.tensorrt.capability import Capability, compute_capability
 from mla_deploy.gpu import gpu_target
+from mla_deploy.manifest import ProfileInfo, TensorInfo
 
 MEMORY_FACTOR = 3.3
 """Bytes of memory that a build takes for a byte of weights, at its peak; measured."""
@@ -65,7 +65,7 @@ def check_backend(wanted: Capability, targets: Sequence[str]) -> None:
             this machine has not.
     """
     if not _is_installed(wanted.module):
-        pip = "pip install 'mla-deploy[tensorrt]'"
+        pip = "pip install tensorrt-rtx"
         raise UsageError(
             f"{wanted.module} is not installed",
             hint="it comes with JetPack, or with NVIDIA's packages; --onnx-only needs none of it"

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mla_deploy.bundle import PORTABLE_TARGET
 from mla_deploy.errors import UsageError
+from mla_deploy.manifest import PORTABLE_TARGET
 
 _OPERATORS_10_3 = frozenset(
     {

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import onnx
 from onnx import TensorProto, helper
 
-from mla_deploy.bundle import TensorInfo
+from mla_deploy.manifest import TensorInfo
 
 PROVIDERS = {
     "tensorrt_rtx": "NvTensorRTRTXExecutionProvider",

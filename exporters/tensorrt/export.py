@@ -13,21 +13,7 @@ import onnx_ir as ir
 import torch
 
 from mla_deploy import __version__
-from mla_deploy.bundle import (
-    FORMAT_VERSION,
-    MANIFEST,
-    Bundle,
-    CacheInfo,
-    EngineInfo,
-    GraphInfo,
-    Manifest,
-    ProfileInfo,
-    TensorInfo,
-    TensorRtInfo,
-    describe_file,
-    write_manifest,
-)
-from mla_deploy.cache import PAGE_TOKENS
+from mla_deploy.bundle import MANIFEST, Bundle, describe_file, write_manifest
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import BundleError, UsageError
@@ -56,9 +42,21 @@ from mla_deploy.exporters.tensorrt.capability import (
 from mla_deploy.exporters.tensorrt.context_model import context_model
 from mla_deploy.exporters.tensorrt.plugin import TensorRtPlugin, check_plugin
 from mla_deploy.exporters.tensorrt.target import TensorRt
-from mla_deploy.model import cache_parts
-from mla_deploy.output import check_output, check_space, new_folder, writing
+from mla_deploy.manifest import (
+    FORMAT_VERSION,
+    PAGE_TOKENS,
+    CacheInfo,
+    EngineInfo,
+    GraphInfo,
+    Manifest,
+    ProfileInfo,
+    TensorInfo,
+    TensorRtInfo,
+)
+from mla_deploy.model import cache_parts, check_weights
+from mla_deploy.output import check_output, check_space, writing
 from mla_deploy.tokenizer_files import checked_tokenizer
+from mla_deploy.workspace import workspace
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LOGITS = 64
@@ -126,9 +124,10 @@ def export_tensorrt(
     if (source / MANIFEST).is_file():
         return _build_bundle(source, out, options, wanted, force, progress, start)
     checkpoint = Checkpoint(source)
+    check_weights(checkpoint)
     config = checkpoint.config
     tokenizer = checked_tokenizer(source)
-    check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
+    output = check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
     if options.plugin:
         check_plugin(config)
     target = (TensorRtPlugin if options.plugin else TensorRt)(wanted, DTYPES[options.dtype])
@@ -141,7 +140,7 @@ def export_tensorrt(
         [_tensor(value) for value in values]
         for values in (graph.model.graph.inputs, graph.model.graph.outputs)
     )
-    with new_folder(out) as folder:
+    with workspace(output) as folder:
         data = folder / f"{GRAPH_FILE}.data"
         tensors = write_external_data(initializers, data, checkpoint.read, progress)
         for name, tensor in tensors.items():
@@ -178,10 +177,10 @@ def export_tensorrt(
             manifest, built = _build_all(folder, folder, manifest, options, wanted, progress)
             (folder / GRAPH_FILE).unlink()
             data.unlink()
-        size = _finish(folder, manifest, names)
+        _finish(folder, manifest, names)
     return TensorRtReport(
         bundle=out,
-        bytes=size,
+        bytes=sum(file.stat().st_size for file in out.iterdir()),
         seconds=time.monotonic() - start,
         nodes=len(graph.builder.nodes),
         kv_bytes_per_token=sum(
@@ -293,12 +292,12 @@ def _build_bundle(
     if options.plugin and not bundle.manifest.tensorrt.plugin:
         raise UsageError("the graph was made without the plugin", hint="leave --plugin out")
     _check_library(options, bundle.manifest.tensorrt.plugin)
-    check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
+    output = check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
     graph = bundle.file(GRAPH_FILE)
     model = onnx.load(graph, load_external_data=False).graph
     _check_types({ir.DataType(one.data_type) for one in model.initializer}, options)
     _check_room(out, bundle.file(f"{GRAPH_FILE}.data").stat().st_size, options)
-    with new_folder(out) as folder:
+    with workspace(output) as folder:
         with writing(folder):
             names = [name for name in COMPANIONS if bundle.has(name)]
             for name in names:
@@ -306,10 +305,10 @@ def _build_bundle(
         manifest, built = _build_all(
             graph.parent, folder, bundle.manifest, options, wanted, progress
         )
-        size = _finish(folder, manifest, names)
+        _finish(folder, manifest, names)
     return TensorRtReport(
         bundle=out,
-        bytes=size,
+        bytes=sum(file.stat().st_size for file in out.iterdir()),
         seconds=time.monotonic() - start,
         nodes=len(model.node),
         kv_bytes_per_token=bundle.kv_bytes_per_token,
@@ -374,14 +373,13 @@ def _build_all(
     ), built
 
 
-def _finish(folder: Path, manifest: Manifest, names: list[str]) -> int:
-    """Write the manifest; gives the size of the folder."""
+def _finish(folder: Path, manifest: Manifest, names: list[str]) -> None:
+    """Write the manifest."""
     assert manifest.tensorrt is not None
     engines = [name for one in manifest.tensorrt.engines for name in (one.path, one.context)]
     with writing(folder):
         files = [describe_file(folder, name) for name in [*engines, *names]]
         write_manifest(folder, manifest.model_copy(update={"files": files}))
-        return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def _tensor(value: ir.Value) -> TensorInfo:

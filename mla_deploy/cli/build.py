@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def command(reporter: Reporter, /, model: Path, output: Path, force: bool, **opt
 
     MODEL is converted where its attention is not latent yet, which needs --target-ratio and
     --calibration; one that is quantised already is only exported. A run that was stopped goes on
-    from the folder OUTPUT.build when it is repeated. The three commands by themselves have more
+    from the folder OUTPUT.partial when it is repeated. The three commands by themselves have more
     options.
     """
     from mla_deploy.exporters.build import build_bundle
@@ -72,7 +73,7 @@ def _text(report: BuildReport) -> str:
         ("size", f"{report.bytes:,} bytes ({table.size(report.bytes)})"),
         ("cache", f"{report.kv_bytes_per_token:,} bytes a token"),
         ("time", f"{report.seconds:.1f} s"),
-        ("next", f'mla-deploy run {report.bundle} "Once upon a time"'),
+        ("next", f'mla-deploy run {shlex.quote(str(report.bundle))} "Once upon a time"'),
     ]
     return table.pairs(entries)
 
@@ -96,4 +97,5 @@ def _quantization(report: QuantizeReport) -> list[str]:
         f"weights {table.size(report.source_bytes)} to {table.size(report.output_bytes)} "
         f"({ratio:.2f}x smaller)",
         f"cache {described_formats([layer.cache_format for layer in layers])}",
+        *(f"left out {len(names)} tensors: {why}" for why, names in report.skipped.items()),
     ]

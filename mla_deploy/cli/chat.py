@@ -187,7 +187,8 @@ class Chat:
     def _load(self, argument: str) -> None:
         is_cached = self._conversation.load(Path(argument))
         cache = "" if is_cached else "; without its cache: the next turn computes all of it"
-        self._reporter.note(f"[{self._conversation.turns} turns{cache}]")
+        turns = self._conversation.turns
+        self._reporter.note(f"[{turns} turn{'s' * (turns != 1)}{cache}]")
 
     def _stats(self, _: str) -> None:
         conversation = self._conversation

@@ -38,9 +38,7 @@ if TYPE_CHECKING:
 @click.option(
     "--no-calibration", is_flag=True, help="Measure nothing: the weights alone. Needs healing."
 )
-@click.option(
-    "--tokens", type=int, default=1 << 16, show_default=True, help="Of calibration text, at most."
-)
+@click.option("--tokens", type=int, help="Of calibration text, at most. Default: 65536.")
 @click.option("--window", type=int, help="Tokens of a window. Default: 512, or the context.")
 @click.option(
     "--layout",
@@ -92,7 +90,7 @@ def command(
     if chosen.no_calibration:
         reporter.note("nothing is measured: expect a model that must be healed to be of use")
     with reporter.progress("converting") as progress:
-        report = convert_checkpoint(model, output, chosen, progress, force=force)
+        report = convert_checkpoint(model, output, chosen, progress, say=reporter.note, force=force)
     values = {"model": str(model), "output": str(output), **report.to_json()}
     reporter.result(values, _text(output, report))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,10 @@ from mla_deploy.cli.reporter import Reporter, reporting
 
 if TYPE_CHECKING:
     from mla_deploy.evaluate import Evaluation
+    from mla_deploy.evaluate.measures import Found, TaskScores
+    from mla_deploy.evaluate.questions import QuestionScore
     from mla_deploy.evaluate.retrieval import RetrievalScore
-
-MEASURES = ("text", "passkey", "key_value", "retrieval", "questions", "tasks")
+    from mla_deploy.evaluate.scorer import TextGenerator
 
 
 @click.command()
@@ -31,8 +32,7 @@ MEASURES = ("text", "passkey", "key_value", "retrieval", "questions", "tasks")
 @click.option(
     "--score-from",
     type=click.IntRange(min=1),
-    default=1,
-    help="Leave out predictions that see fewer tokens of their window.",
+    help="Leave out predictions that see fewer tokens of their window. Default: 1.",
 )
 @click.option(
     "-n",
@@ -41,20 +41,22 @@ MEASURES = ("text", "passkey", "key_value", "retrieval", "questions", "tasks")
     help="Score only so many tokens from the start of the text.",
 )
 @click.option(
-    "--passkey", type=Depths(), help="Find a number in prompts of so many tokens: 512,2k."
+    "--passkey", type=Depths(), help="Find a number in prompts of so many tokens: 512,2k (2048)."
 )
 @click.option("--key-value", type=Depths(), help="Find a value by its key, likewise.")
-@click.option("--trials", type=click.IntRange(min=1), default=10, help="Of each length and depth.")
+@click.option("--trials", type=click.IntRange(min=1), help="Of each length and depth. Default: 10.")
 @click.option(
     "--retrieval", type=PATH, help="File of retrieval trials: JSON lines, or .gz of them."
 )
 @click.option("--questions", type=PATH, help="File of questions in GSM8K's form: JSON lines.")
 @click.option("--examples", type=PATH, help="File of questions to show, worked, before each.")
 @click.option(
-    "--shots", type=click.IntRange(min=0), help="Examples shown. Default: 5; or the task's."
+    "--shots", type=click.IntRange(min=0), help="Examples shown. Default: 5, or the task's."
 )
 @click.option(
-    "--answer-tokens", type=click.IntRange(min=1), default=256, help="Longest answer to a question."
+    "--answer-tokens",
+    type=click.IntRange(min=1),
+    help="Longest answer to a question. Default: 256.",
 )
 @click.option("--tasks", help="Tasks of lm-evaluation-harness, with commas between them.")
 @click.option("--task-path", type=PATH, help="Folder of task files of your own.")
@@ -85,32 +87,23 @@ def command(
     several of them.
     """
     from mla_deploy import __version__
+    from mla_deploy.bundle import MANIFEST
     from mla_deploy.cli.scorers import open_scorers
-    from mla_deploy.errors import UsageError
     from mla_deploy.evaluate.journal import Journal
-    from mla_deploy.evaluate.report import require_matplotlib, write_report
+    from mla_deploy.evaluate.measures import EvalOptions, Models, measures_of
+    from mla_deploy.evaluate.report import read_calibration, require_matplotlib, write_report
+    from mla_deploy.job import job_of
 
-    chosen = [name for name in MEASURES if options[name] is not None]
-    if not chosen:
-        raise UsageError(
-            "nothing was asked for",
-            allowed=", ".join("--" + name.replace("_", "-") for name in MEASURES),
-            hint="give one or more of them, for instance --text FILE",
-        )
+    chosen = EvalOptions(reference=reference, **options)
+    measures = measures_of(chosen)
     if report is not None:
         require_matplotlib()
-    inputs = _read_inputs(options)
     paths = [model] if reference is None else [model, reference]
-    job = {
-        "version": __version__,
-        "models": [str(path.resolve()) for path in paths],
-        "kernels": kernels,
-        "options": {name: str(value) for name, value in options.items() if value is not None},
-    }
+    job = job_of("eval", paths, {"kernels": kernels, **vars(chosen)}, chosen.files)
     scorers = open_scorers(paths, threads, kernels)
     for chosen_kernels in {str(getattr(one, "kernels", "")) for one in scorers}:
         reporter.kernels(chosen_kernels, kernels)
-    other = scorers[1] if reference is not None else None
+    models = Models(scorers[0], scorers[1] if reference is not None else None)
     values: dict[str, Any] = {
         "model": str(model),
         "reference": None if reference is None else str(reference),
@@ -118,152 +111,39 @@ def command(
     }
     texts: list[str] = []
     journal = Journal(resume, job)
-    for name in chosen:
+    for name, measure in measures.items():
         with reporter.progress(name.replace("_", " ")) as progress:
-            measure = {"text": _text, "questions": _questions, "tasks": _tasks}.get(
-                name, _retrieval
-            )
-            measure(scorers[0], other, name, options, inputs, journal, progress, values, texts)
+            result = measure.run(models, journal, progress)
+        result.add_to(values)
+        texts.append(_table(result.found, reference))
     if report is not None:
-        if "text" in chosen and not (model / "manifest.json").exists():
-            values["cache"] = _latents(scorers[0], model, inputs["text"], values["window"])
-        write_report(report, values, _calibration(model))
+        if chosen.text is not None and not (model / MANIFEST).exists():
+            values["cache"] = _latents(models.model, model, chosen.text, values["window"])
+        write_report(report, values, read_calibration(model))
         texts.append(table.pairs([("report", str(report))]))
     reporter.result(values, "\n\n".join(texts))
 
 
-def _read_inputs(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The files, before any model is loaded: what is wrong with them is then said at once."""
+def _latents(scorer: TextGenerator, model: Path, text: Path, window: int) -> list[dict[str, Any]]:
     from mla_deploy.evaluate import read_text
-    from mla_deploy.evaluate.questions import read_questions
-    from mla_deploy.evaluate.retrieval import read_trials
-
-    readers = {
-        "text": read_text, "retrieval": read_trials, "questions": read_questions,
-        "examples": read_questions,
-    }  # fmt: skip
-    return {
-        name: read(options[name]) for name, read in readers.items() if options[name] is not None
-    }
-
-
-def _text(
-    model: Any, other: Any, name: str, options: Mapping[str, Any], inputs: Mapping[str, Any],
-    journal: Any, progress: Any, values: dict[str, Any], texts: list[str],
-) -> None:  # fmt: skip
-    from mla_deploy.evaluate import evaluate
-
-    found = evaluate(
-        model,
-        inputs["text"],
-        reference=other,
-        window=options["window"],
-        stride=options["stride"],
-        max_tokens=options["max_tokens"],
-        score_from=options["score_from"],
-        journal=journal,
-        progress=progress,
-    )
-    figures = asdict(found)
-    figures.update(figures.pop("comparison") or {})
-    values.update({"text": str(options["text"]), **figures})
-    texts.append(_text_table(found, values["reference"]))
-
-
-def _retrieval(
-    model: Any, other: Any, name: str, options: Mapping[str, Any], inputs: Mapping[str, Any],
-    journal: Any, progress: Any, values: dict[str, Any], texts: list[str],
-) -> None:  # fmt: skip
-    from mla_deploy.evaluate.retrieval import score_file, score_synthetic
-
-    if name == "retrieval":
-        path = options["retrieval"]
-        found = score_file(
-            model, other, path, limit=options["limit"], journal=journal, progress=progress
-        )
-    else:
-        kinds = {"passkey": "passkey", "key_value": "key-value"}
-        found = score_synthetic(
-            model,
-            other,
-            [kinds[name]],  # type: ignore[list-item]
-            options[name],
-            trials=options["trials"],
-            journal=journal,
-            progress=progress,
-        )
-    values.setdefault("retrieval", []).extend(asdict(score) for score in found)
-    texts.append(_retrieval_table(found))
-
-
-def _questions(
-    model: Any, other: Any, name: str, options: Mapping[str, Any], inputs: Mapping[str, Any],
-    journal: Any, progress: Any, values: dict[str, Any], texts: list[str],
-) -> None:  # fmt: skip
-    from mla_deploy.evaluate.questions import score_questions
-
-    shots = 5 if options["shots"] is None else options["shots"]
-    found = score_questions(
-        model,
-        inputs["questions"][: options["limit"]],
-        inputs.get("examples", [])[:shots],
-        max_tokens=options["answer_tokens"],
-        journal=journal,
-        progress=progress,
-    )
-    values["questions"] = asdict(found)
-    entries = [
-        ("questions", f"{found.questions:,}, with {found.examples} examples before each"),
-        ("right", f"{found.accuracy:.2%}"),
-        ("with a number", f"{found.answered:.2%}"),
-    ]
-    texts.append(table.pairs(entries))
-
-
-def _tasks(
-    model: Any, other: Any, name: str, options: Mapping[str, Any], inputs: Mapping[str, Any],
-    journal: Any, progress: Any, values: dict[str, Any], texts: list[str],
-) -> None:  # fmt: skip
-    from mla_deploy.evaluate.harness import run_tasks
-
-    values["tasks"] = run_tasks(
-        model,
-        [task.strip() for task in options["tasks"].split(",")],
-        task_path=options["task_path"],
-        shots=options["shots"],
-        limit=options["limit"],
-        offline=options["offline"],
-        journal=journal,
-        progress=progress,
-    )
-    rows = [
-        (task, metric, f"{value:.4f}" if isinstance(value, float) else str(value))
-        for task, metrics in values["tasks"].items()
-        for metric, value in metrics.items()
-    ]
-    texts.append(table.table(("task", "metric", "value"), rows))
-
-
-def _latents(model: Any, path: Path, text: str, window: int) -> list[dict[str, Any]]:
     from mla_deploy.evaluate.latents import score_latents
 
-    ids = model.tokenizer.encode(text)[:window]
-    return [asdict(layer) for layer in score_latents(path, ids)]
+    ids = scorer.tokenizer.encode(read_text(text))[:window]
+    return [asdict(layer) for layer in score_latents(model, ids)]
 
 
-def _calibration(model: Path) -> Mapping[str, Any]:
-    """What `quantize` measured, if it did."""
-    from mla_deploy.config_reader import read_json_object
-    from mla_deploy.recipe import CALIBRATION_FILE, WEIGHT_BITS_FILE
+def _table(found: Found, reference: Path | None) -> str:
+    from mla_deploy.evaluate import Evaluation
+    from mla_deploy.evaluate.questions import QuestionScore
 
-    cache, weights = (
-        read_json_object(file) if file.is_file() else {}
-        for file in (model / CALIBRATION_FILE, model / WEIGHT_BITS_FILE)
-    )
-    return {**cache, "weights": weights}
+    if isinstance(found, Evaluation):
+        return _text_table(found, reference)
+    if isinstance(found, QuestionScore):
+        return _question_table(found)
+    return _task_table(found) if isinstance(found, dict) else _retrieval_table(found)
 
 
-def _text_table(found: Evaluation, reference: str | None) -> str:
+def _text_table(found: Evaluation, reference: Path | None) -> str:
     bits = "-" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
     entries = [
         ("tokens", f"{found.tokens:,} ({found.bytes:,} bytes of text)"),
@@ -318,3 +198,21 @@ def _retrieval_table(found: Sequence[RetrievalScore]) -> str:
     ]
     head = ("retrieval", "tokens", "depth", "trials", "right", "nats", "reference", "its nats")
     return table.table(head, rows)
+
+
+def _question_table(found: QuestionScore) -> str:
+    entries = [
+        ("questions", f"{found.questions:,}, with {found.examples} examples before each"),
+        ("right", f"{found.accuracy:.2%}"),
+        ("with a number", f"{found.answered:.2%}"),
+    ]
+    return table.pairs(entries)
+
+
+def _task_table(found: TaskScores) -> str:
+    rows = [
+        (task, metric, f"{value:.4f}" if isinstance(value, float) else str(value))
+        for task, metrics in found.items()
+        for metric, value in metrics.items()
+    ]
+    return table.table(("task", "metric", "value"), rows)

@@ -34,11 +34,14 @@ class MemorySize(click.ParamType[int]):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(value).strip().lower())
         if match is None or match[2].upper() not in UNITS:
             self.fail(f"{value!r} is not a size such as 8GB, 7.4GiB or 500MB", param, ctx)
-        return int(float(match[1]) * UNITS[match[2].upper()])
+        size = float(match[1]) * UNITS[match[2].upper()]
+        if not size < 1 << 63:
+            self.fail(f"{str(value)[:40]!r} is more than any machine has", param, ctx)
+        return int(size)
 
 
 class Depths(click.ParamType[tuple[int, ...]]):
-    """`0,512,2048`: numbers of tokens, each once, in order."""
+    """`0,512,2k`: numbers of tokens, k standing for 1024, each once, in order."""
 
     name = "tokens"
 
@@ -48,13 +51,14 @@ class Depths(click.ParamType[tuple[int, ...]]):
         if isinstance(value, tuple):
             return value
         parts = str(value).split(",")
-        if not all(re.fullmatch(r"\s*\d+\s*", part) for part in parts):
-            self.fail(f"{value!r} is not a list of depths such as 0,512,2048", param, ctx)
-        return tuple(sorted({int(part) for part in parts}))
+        found = [re.fullmatch(r"\s*(\d+)(k?)\s*", part) for part in parts]
+        if not all(found):
+            self.fail(f"{value!r} is not a list of depths such as 0,512,2k", param, ctx)
+        return tuple(sorted({int(one[1]) * (1024 if one[2] else 1) for one in found if one}))
 
 
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads that compute. Default: one a core."
+    "--threads", type=click.IntRange(1, 1024), help="Threads that compute. Default: one a core."
 )
 kernels_option = click.option(
     "--kernels",

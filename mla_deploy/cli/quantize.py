@@ -116,7 +116,9 @@ def command(
     texts = tuple(str(path.resolve()) for path in calibration)
     chosen = QuantizeOptions(**options, calibration=texts)
     with reporter.progress("quantizing") as progress:
-        report = quantize_checkpoint(model, output, chosen, progress, force=force)
+        report = quantize_checkpoint(
+            model, output, chosen, progress, say=reporter.note, force=force
+        )
     values = {"model": str(model), "output": str(output), **report.to_json()}
     reporter.result(values, _text(output, report))
 

@@ -55,7 +55,7 @@ def run_tasks(
         import lm_eval
     except ImportError:
         raise UsageError(
-            "lm-evaluation-harness is not installed", hint="pip install 'mla-deploy[eval]'"
+            "lm-evaluation-harness is not installed", hint="pip install lm-eval"
         ) from None
     if task_path is not None and not task_path.is_dir():
         raise UsageError(

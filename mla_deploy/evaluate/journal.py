@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mla_deploy.errors import OutputError
+from mla_deploy.job import difference
 from mla_deploy.output import writing
 
 
@@ -19,7 +20,7 @@ class Journal:
 
     Args:
         path: None remembers nothing beyond this object.
-        job: what must be equal for a repeated run to go on with the work of another.
+        job: what is evaluated, of `mla_deploy.job`.
 
     Raises:
         OutputError: the file is of another job, is no journal, or cannot be written.
@@ -30,14 +31,13 @@ class Journal:
         self._file: IO[str] | None = None
         if path is None:
             return
-        line = json.dumps({"job": job}, sort_keys=True)
         is_new = not path.exists() or path.stat().st_size == 0
         if not is_new:
-            self._read(path, line)
+            self._read(path, job or {})
         with writing(path):
             self._file = path.open("a", encoding="utf-8")
             if is_new:
-                self._file.write(line + "\n")
+                self._file.write(_head(job or {}) + "\n")
                 self._file.flush()
 
     @property
@@ -58,15 +58,15 @@ class Journal:
                 self._file.flush()
         return self._known[key]
 
-    def _read(self, path: Path, expected: str) -> None:
+    def _read(self, path: Path, job: Mapping[str, Any]) -> None:
         try:
             lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError):
             lines = [""]
-        if lines[0] != expected:
+        if lines[0] != _head(job):
             raise OutputError(
                 f"{path} belongs to another evaluation",
-                found=lines[0][:200],
+                found=_difference(lines[0], job),
                 allowed="the file of an interrupted run of the same command",
                 hint="name another file for --resume, or remove this one",
             )
@@ -80,3 +80,14 @@ class Journal:
         if whole and whole[-1]:  # no line end: close the cut-off line before going on
             with writing(path), path.open("a", encoding="utf-8") as file:
                 file.write("\n")
+
+
+def _head(job: Mapping[str, Any]) -> str:
+    return json.dumps({"job": job}, sort_keys=True)
+
+
+def _difference(head: str, job: Mapping[str, Any]) -> str:
+    try:
+        return difference(json.loads(head)["job"], job)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return head[:200]

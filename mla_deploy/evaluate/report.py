@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mla_deploy.config_reader import read_json_object
 from mla_deploy.errors import UsageError
 from mla_deploy.output import writing
 
@@ -22,6 +23,17 @@ td, th { padding: .2rem .8rem; text-align: right }
 td:first-child, th:first-child { text-align: left } tr + tr { border-top: 1px solid #ddd }
 img { max-width: 100% } h2 { margin-top: 2.5rem }
 """
+
+
+def read_calibration(model: Path) -> dict[str, Any]:
+    """What `quantize` measured, if it did, as `write_report` takes it."""
+    from mla_deploy.recipe import CALIBRATION_FILE, WEIGHT_BITS_FILE  # with torch
+
+    cache, weights = (
+        read_json_object(file) if file.is_file() else {}
+        for file in (model / CALIBRATION_FILE, model / WEIGHT_BITS_FILE)
+    )
+    return {**cache, "weights": weights}
 
 
 def write_report(path: Path, values: Mapping[str, Any], calibration: Mapping[str, Any]) -> None:
@@ -75,7 +87,7 @@ def require_matplotlib() -> None:
     except ImportError:
         raise UsageError(
             "matplotlib, which draws the report, is not installed",
-            hint="pip install 'mla-deploy[eval]', or leave --report out",
+            hint="pip install matplotlib, or leave --report out",
         ) from None
 
 

@@ -17,7 +17,10 @@ from mla_deploy.config_reader import ConfigReader, read_json_object
 from mla_deploy.errors import ConfigError
 from mla_deploy.families.base import Family
 
-__all__ = ["Family", "families", "family_of", "load_config"]
+__all__ = ["CONVERTIBLE", "Family", "families", "family_of", "load_config"]
+
+CONVERTIBLE = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+"""Types of models whose attention `mla-deploy convert` makes latent."""
 
 
 @functools.cache
@@ -40,12 +43,19 @@ def family_of(model_type: object, origin: str) -> Family:
         ConfigError: none does.
     """
     family = families().get(model_type) if isinstance(model_type, str) else None
+    if family is None and model_type in CONVERTIBLE:
+        raise ConfigError(
+            f"{origin}: the attention of this model is not latent yet",
+            found=model_type,
+            hint="mla-deploy build MODEL -o BUNDLE --target-ratio 0.3125 --calibration TEXT, or "
+            "mla-deploy convert",
+        )
     if family is None:
         raise ConfigError(
             f"{origin}: this model_type is not known",
             found=model_type,
             allowed=", ".join(sorted(families())),
-            hint="add a family (CONTRIBUTING.md), or convert the model to MLA first",
+            hint="add a family: CONTRIBUTING.md",
         )
     return family
 

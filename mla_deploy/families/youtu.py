@@ -10,9 +10,9 @@ from mla_deploy.families.base import Family
 class Youtu(Family):
     """Dense throughout."""
 
-    model_types = ("youtu",)
+    model_types = ("youtu", "youtu_llm")
 
     def read_config(self, keys: ConfigReader) -> MlaConfig:
         keys.get("embedding_initializer_range")  # training only
         interleave = keys.flag("rope_interleave", True)
-        return read_common(keys, moe=None, rope_interleave=interleave)
+        return read_common(keys, moe=None, tie_word_embeddings=True, rope_interleave=interleave)

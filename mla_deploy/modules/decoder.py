@@ -109,7 +109,7 @@ class Epilogue(Block):
 
 
 class Decoder(nn.Module):
-    """The whole model, with the inputs and outputs of an exported graph (`mla_deploy.bundle`)."""
+    """The whole model, with the inputs and outputs of an exported graph (`mla_deploy.manifest`)."""
 
     def __init__(self, prologue: Prologue, layers: list[DecoderLayer], epilogue: Epilogue) -> None:
         super().__init__()

@@ -18,8 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch.library import custom_op
 
-from mla_deploy.cache import PAGE_TOKENS, CacheRecord, cache_record
+from mla_deploy.cache import CacheRecord, cache_record
 from mla_deploy.errors import CheckpointError, UsageError
+from mla_deploy.manifest import PAGE_TOKENS
 from mla_deploy.ops.norm import normalize
 
 

@@ -70,7 +70,7 @@ def windows_from_text(
             "the calibration text is too short",
             found=f"{found:,} tokens",
             allowed=f"{MIN_WINDOWS * length:,} tokens or more: {MIN_WINDOWS} windows of {length}",
-            hint="give more text, a smaller --window, or --calibration self",
+            hint="give more text, --calibration self, or a smaller --window to `convert`",
         )
     windows = Windows(
         _sample(fitted, tokens // length, seed),

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import mla_deploy
 from mla_deploy.config_reader import PROVENANCE_KEY, read_json_object
 from mla_deploy.errors import CheckpointError, ConfigError, UsageError
+from mla_deploy.job import job_of
 from mla_deploy.output import check_output, check_space, writing
 from mla_deploy.quant.compress.calibration import Windows, windows_from_model, windows_from_text
 from mla_deploy.quant.compress.geometry import Geometry, candidates
@@ -28,15 +27,15 @@ from mla_deploy.quant.compress.layout import (
     unchanged_names,
 )
 from mla_deploy.quant.compress.methods import LayerTask, Steps, convert_layer
-from mla_deploy.quant.compress.options import SELF, ConvertOptions
-from mla_deploy.quant.compress.partial import Partial
+from mla_deploy.quant.compress.options import DEFAULT_TOKENS, SELF, ConvertOptions
+from mla_deploy.quant.compress.partial import SCRATCH, Partial
 from mla_deploy.quant.compress.report import ConversionReport, LayerReport, write_json
 from mla_deploy.quant.compress.report_page import write_page
 from mla_deploy.quant.compress.source import Source
 from mla_deploy.quant.compress.streams import SourceLayer, Streams, advance, carry, score
-from mla_deploy.quant.workspace import workspace
 from mla_deploy.shards import ShardWriter
 from mla_deploy.tokenizer_files import check_tokenizer_if_any, copy_to_checkpoint
+from mla_deploy.workspace import workspace
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and what is being done."""
@@ -55,16 +54,18 @@ def convert_checkpoint(
     options: ConvertOptions,
     progress: Progress | None = None,
     *,
+    say: Callable[[str], None] | None = None,
     force: bool = False,
 ) -> ConversionReport:
     """Convert a checkpoint into a new folder.
 
-    A killed run leaves `OUT.partial`, from which the same call goes on with the next layer; a
-    failed one nothing.
+    A run that was killed, or that failed with something finished, leaves `OUT.partial`, from which
+    the same call goes on with the next layer.
 
     Args:
-        source: folder of a Hugging Face checkpoint of a family in `source.FAMILIES`.
+        source: folder of a Hugging Face checkpoint, of a type in `families.CONVERTIBLE`.
         out: folder to make.
+        say: told what the person at the terminal should know when it fails.
         force: replace an earlier result. It stays until the new one is whole.
 
     Raises:
@@ -76,10 +77,12 @@ def convert_checkpoint(
     opened, out = Source(source), Path(out)
     sizes = candidates(opened.config, options)
     check_tokenizer_if_any(opened.path)
-    check_output(opened.path, out, _is_ours, force=force)
+    output = check_output(opened.path, out, _is_ours, force=force)
     windows = calibration_windows(opened, options)
     healing = _heal_plan(opened, options)
-    with workspace(out, _job(opened, options)) as folder:
+    texts = (*options.texts, *map(Path, options.heal))
+    job = job_of("convert", [opened.path], options.by_name(), texts)
+    with workspace(output, job, scratch=SCRATCH, say=say) as folder:
         run = _Run(opened, options, sizes, windows, healing, folder, progress)
         report = dataclasses.replace(run.all(), seconds=time.monotonic() - started)
         write_json(report, folder)
@@ -96,9 +99,10 @@ def calibration_windows(source: Source, options: ConvertOptions) -> Windows | No
     length = _window(source, options)
     if options.no_calibration:
         return None
+    tokens = options.tokens or DEFAULT_TOKENS
     if options.calibration == (SELF,):
-        return windows_from_model(source, length, options.tokens, options.seed)
-    return windows_from_text(source, options.texts, length, options.tokens, options.seed)
+        return windows_from_model(source, length, tokens, options.seed)
+    return windows_from_text(source, options.texts, length, tokens, options.seed)
 
 
 def _window(source: Source, options: ConvertOptions) -> int:
@@ -173,7 +177,7 @@ class _Run:
     def all(self) -> ConversionReport:
         """Choose the size, convert the layers, heal, and compare."""
         self.geometry = self._choose_geometry()
-        check_space(self.folder, self.source.plain_bytes)
+        check_space(self.folder, self.source.plain_bytes - self.writer.done_bytes)
         self._copy(_outer_names(self.source))
         self.writer.flush()
         self._step(1, "embedding")
@@ -191,7 +195,6 @@ class _Run:
         self._step(1, "comparison")
         reports = self.partial.reports()
         self._write_config(reports)
-        self.partial.clear()
         return ConversionReport(
             options=self.options,
             source=self.config,
@@ -384,17 +387,3 @@ def _is_ours(out: Path) -> bool:
         return PROVENANCE_KEY in read_json_object(out / "config.json")
     except ConfigError:
         return False
-
-
-def _job(source: Source, options: ConvertOptions) -> dict[str, Any]:
-    """What must be equal for a repeated run to go on with the work of another."""
-    texts = {*options.texts, *map(Path, options.heal)}
-    files = sorted({info.file for info in source.tensors.values()} | texts)
-    seen = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
-    text = json.dumps([seen, source.raw_config], sort_keys=True)
-    return {
-        "version": mla_deploy.__version__,
-        "source": str(source.path.resolve()),
-        "source_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "options": json.loads(json.dumps(dataclasses.asdict(options))),
-    }

@@ -14,7 +14,7 @@ from mla_deploy.quant.compress.calibration import MAX_HELD_OUT
 from mla_deploy.quant.compress.convert import DEFAULT_WINDOW
 from mla_deploy.quant.compress.geometry import Geometry, candidates
 from mla_deploy.quant.compress.methods import GAMMAS
-from mla_deploy.quant.compress.options import ConvertOptions
+from mla_deploy.quant.compress.options import DEFAULT_TOKENS, ConvertOptions
 from mla_deploy.quant.compress.source import Source, SourceConfig
 
 _FIXED_BYTES = 400_000_000
@@ -61,7 +61,7 @@ def estimate(path: Path | str, options: ConvertOptions) -> Estimate:
     layer_numbers = (
         hidden * (2 * config.attention_width + cached) + 3 * hidden * config.intermediate_size
     )
-    fitted = 0 if options.no_calibration else options.tokens
+    fitted = 0 if options.no_calibration else options.tokens or DEFAULT_TOKENS
     held_out = min(fitted // 10, MAX_HELD_OUT)
     window = options.window or min(DEFAULT_WINDOW, config.max_position_embeddings)
     token_flops = 2 * layer_numbers + cached**2 + 2 * window * config.attention_width

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from mla_deploy.errors import UsageError
 from mla_deploy.quant.compress.methods import METHODS, QUERY_AWARE
@@ -16,6 +18,7 @@ Precision = Literal["fp32", "bf16"]
 _POSITIVE = (
     "kv_lora_rank", "qk_rope_head_dim", "like_paper", "tokens", "window", "heal_tokens",
 )  # fmt: skip
+DEFAULT_TOKENS = 1 << 16
 PAPER_HEAD_DIM, PAPER_ROPE = 128, 16
 """Of the keys in MHA2MLA's tables: the head size, and the channels of a head that stay rotary."""
 
@@ -35,8 +38,8 @@ class ConvertOptions:
     calibration: tuple[str, ...] = ()
     """Text files, or `self`. Without any, the weights alone decide (`no_calibration`)."""
     no_calibration: bool = False
-    tokens: int = 1 << 16
-    """Of calibration text, at most."""
+    tokens: int | None = None
+    """Of calibration text, at most. Default: 2^16."""
     window: int | None = None
     """Tokens of a window. Default: 512, or the model's context."""
     layout: Layout = "mla_deploy"
@@ -78,6 +81,14 @@ class ConvertOptions:
     def texts(self) -> tuple[Path, ...]:
         """The calibration texts that are files."""
         return tuple(Path(name) for name in self.calibration if name != SELF)
+
+    def by_name(self) -> dict[str, Any]:
+        """All of them, names of files as paths."""
+        return {
+            **dataclasses.asdict(self),
+            "calibration": calibration_paths(self.calibration),
+            "heal": [Path(name) for name in self.heal],
+        }
 
     def _check_size(self) -> None:
         sizes = [self.kv_lora_rank, self.target_ratio, self.like_paper]
@@ -130,3 +141,18 @@ class ConvertOptions:
                 found="--no-calibration",
                 allowed=f"--no-calibration with --method {QUERY_AWARE}",
             )
+        given = {"--tokens": self.tokens}
+        if not self.heal:
+            given |= {"--window": self.window, "--seed": self.seed or None}
+        dead = [f"{name} {value}" for name, value in given.items() if value is not None]
+        if self.no_calibration and dead:
+            raise UsageError(
+                "no text is read, so that its options have nothing to do",
+                found=f"--no-calibration {' '.join(dead)}",
+                hint=f"leave {' and '.join(dead)} out, or measure: --calibration TEXT",
+            )
+
+
+def calibration_paths(names: Iterable[str]) -> list[Path | str]:
+    """Calibration texts, those that are files as paths."""
+    return [name if name == SELF else Path(name) for name in names]

@@ -20,6 +20,9 @@ from mla_deploy.quant.compress.streams import Streams
 
 _LATENT = "latent."
 _PROJECTION = "projection."
+_LAYERS, _GEOMETRY, _DISTILLATION = "layers.jsonl", "geometry.json", "distillation.safetensors"
+SCRATCH = (_LAYERS, _GEOMETRY, _DISTILLATION, "streams-*", "student-*")
+"""All of it, which the result is whole without."""
 
 
 class Partial:
@@ -31,9 +34,9 @@ class Partial:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._layers = folder / "layers.jsonl"
-        self._geometry = folder / "geometry.json"
-        self.distillation = folder / "distillation.safetensors"
+        self._layers = folder / _LAYERS
+        self._geometry = folder / _GEOMETRY
+        self.distillation = folder / _DISTILLATION
 
     def geometry(self) -> Geometry | None:
         """The size that was chosen by trial."""
@@ -101,14 +104,6 @@ class Partial:
         with writing(self.folder):
             save_file({name: x.contiguous() for name, x in tensors.items()}, temporary)
             temporary.rename(file)
-
-    def clear(self) -> None:
-        """Remove all of it: the result is whole without."""
-        for name in (self._layers, self._geometry, self.distillation):
-            name.unlink(missing_ok=True)
-        for pattern in ("streams-*", "student-*"):
-            for file in self.folder.glob(pattern):
-                file.unlink()
 
     def _streams(self, first: int) -> Path:
         return self.folder / f"streams-{first:05d}.safetensors"

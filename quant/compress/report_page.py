@@ -15,7 +15,7 @@ from mla_deploy.quant.compress.layout import CONSTANT
 from mla_deploy.quant.compress.report import ConversionReport
 
 REPORT_HTML = "report.html"
-PLOTS_EXTRA = "pip install 'mla-deploy[report]'"
+PLOTS_EXTRA = "pip install matplotlib"
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .8rem;text-align:right;
 border-bottom:1px solid #ccc}td:first-child,th:first-child{text-align:left}

@@ -14,9 +14,9 @@ from mla_deploy.block_scales import read_quantization
 from mla_deploy.checkpoint import TensorFolder, refuse_quantized
 from mla_deploy.config_reader import ConfigReader, read_json_object
 from mla_deploy.errors import CheckpointError, ConfigError
-from mla_deploy.families import families
+from mla_deploy.families import CONVERTIBLE, families
+from mla_deploy.unused import unused_tensors
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 _LLAMA3 = [
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
 ]  # fmt: skip
@@ -26,7 +26,7 @@ _YARN = [
 ]  # fmt: skip
 ROPE_KEYS = {"default": [], "linear": ["factor"], "llama3": _LLAMA3, "yarn": _YARN}
 _DTYPES = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NEUTRAL = ("mask_value", "tokenizer", "max_window_layers", "no_rope_layer_interval")
+_NEUTRAL = ("is_llama_config", "mask_value", "max_window_layers", "tokenizer")
 """Keys that some files have and that change nothing here."""
 
 
@@ -97,7 +97,8 @@ class Source(TensorFolder):
 
     Raises (on opening):
         ConfigError: of another architecture, or with something that is not supported.
-        CheckpointError: an MLA model already, or weights that are not whole.
+        CheckpointError: an MLA model already, weights that are not whole, or tensors that the
+            model does not use.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -108,7 +109,9 @@ class Source(TensorFolder):
         refuse_quantized(quantization, folder)
         self.config = read_source_config(self.raw_config, origin)
         super().__init__(folder, quantization)
-        self.check(source_shapes(self.config))
+        shapes = source_shapes(self.config)
+        self.check(shapes)
+        unused_tensors(self, shapes, self.config)
         self.dtype = _DTYPES[self.info("model.embed_tokens.weight").dtype]
         """Of what is written anew: the embedding's."""
 
@@ -134,24 +137,26 @@ def read_source_config(raw: Mapping[str, Any], origin: str) -> SourceConfig:
         ConfigError: another architecture, or values or keys that are not supported.
     """
     kind = raw.get("model_type")
-    if kind in families():
+    if isinstance(kind, str) and kind in families():
         raise CheckpointError(
             f"{origin}: this model has latent attention already",
             found=kind,
-            allowed=", ".join(FAMILIES),
+            allowed=", ".join(CONVERTIBLE),
             hint="quantize it as it is",
         )
-    if kind not in FAMILIES:
+    if kind not in CONVERTIBLE:
         raise ConfigError(
             f"{origin}: a model of this type cannot be converted",
             found=kind,
-            allowed=", ".join(FAMILIES),
+            allowed=", ".join(CONVERTIBLE),
         )
     keys = ConfigReader(raw, origin)
     for name in (*_NEUTRAL, "quantization_config"):
         keys.get(name)
     keys.expect("hidden_act", "silu")
     keys.expect("mlp_bias", False, None)
+    keys.expect("rope_interleaved", False, None)
+    keys.expect("partial_rotary_factor", 1.0, None)
     layers = keys.integer("num_hidden_layers")
     _refuse_windows(keys, str(kind), layers)
     hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
@@ -164,7 +169,7 @@ def read_source_config(raw: Mapping[str, Any], origin: str) -> SourceConfig:
             allowed="query heads a multiple of the key heads, an even head_dim",
         )
     has_bias = bool(keys.get("attention_bias"))
-    theta, scaling = _read_rope(keys)
+    theta, scaling = _read_rope(keys, 2e6 if kind == "smollm3" else 1e4)
     config = SourceConfig(
         model_type=str(kind),
         vocab_size=keys.integer("vocab_size"),
@@ -277,32 +282,38 @@ def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _read_rope(keys: ConfigReader) -> tuple[float, dict[str, Any]]:
+def _read_rope(keys: ConfigReader, default_theta: float) -> tuple[float, dict[str, Any]]:
     """`rope_parameters`, or the older `rope_theta` with `rope_scaling`."""
-    scaling = dict(keys.get("rope_parameters") or keys.get("rope_scaling") or {})
+    raw = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
     keys.get("rope_scaling")
-    theta = scaling.pop("rope_theta", keys.get("rope_theta"))
-    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
-    scaling.pop("type", None)
-    if kind not in ROPE_KEYS:
+    origin = f"{keys.origin}, rope scaling"
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{origin} has the wrong type", found=raw, allowed="an object, or null")
+    kind = raw.get("rope_type", raw.get("type", "default"))
+    if kind not in tuple(ROPE_KEYS):
         raise ConfigError(
             f"{keys.origin}: this rope scaling is not supported",
             found=kind,
             allowed=", ".join(ROPE_KEYS),
         )
-    nested = ConfigReader(scaling, f"{keys.origin}, rope scaling")
+    nested = ConfigReader(raw, origin, neutral=frozenset({"rope_type", "type"}))
+    nested.expect("partial_rotary_factor", 1.0, None)
+    theta = nested.positive("rope_theta", keys.positive("rope_theta", default_theta), above=1.0)
+    required = {"linear": ROPE_KEYS["linear"], "llama3": _LLAMA3, "yarn": _YARN[:2]}.get(kind, [])
+    scaling: dict[str, Any] = {"rope_type": kind}
     for key in ROPE_KEYS[kind]:
-        if key in ("truncate",):
-            nested.flag(key, True)
-        elif scaling.get(key) is not None:
-            nested.number(key)
-        else:
-            nested.get(key)
-    required = {"linear": ROPE_KEYS["linear"], "llama3": _LLAMA3, "yarn": _YARN[:2]}
-    for key in required.get(kind, []):
-        nested.number(key)
+        if key in required:
+            scaling[key] = nested.positive(key)
+        elif nested.get(key) is not None:
+            scaling[key] = nested.flag(key) if key == "truncate" else nested.number(key)
     nested.finish()
-    return float(10000.0 if theta is None else theta), {"rope_type": kind, **scaling}
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ConfigError(
+            f"{origin}: the factors of the frequencies are the wrong way round",
+            found=f"low {scaling['low_freq_factor']}, high {scaling['high_freq_factor']}",
+            allowed="low_freq_factor below high_freq_factor",
+        )
+    return theta, scaling
 
 
 def _layers_without_rope(keys: ConfigReader, kind: str, layers: int) -> frozenset[int]:
@@ -310,6 +321,9 @@ def _layers_without_rope(keys: ConfigReader, kind: str, layers: int) -> frozense
     if kind != "smollm3":
         return frozenset()
     flags = keys.get("no_rope_layers")
+    interval = max(1, keys.integer("no_rope_layer_interval", 4))
+    if flags is None:
+        flags = [(layer + 1) % interval for layer in range(layers)]
     if not isinstance(flags, list) or len(flags) != layers:
         raise ConfigError(
             f"{keys.origin}: no_rope_layers does not say it for every layer",
@@ -324,6 +338,10 @@ def _refuse_windows(keys: ConfigReader, kind: str, layers: int) -> None:
     window = keys.optional_integer("sliding_window")
     types = keys.get("layer_types")
     is_used = keys.get("use_sliding_window")
+    if types is not None and not isinstance(types, list):
+        raise ConfigError(
+            f"{keys.origin}: layer_types has the wrong type", found=types, allowed="a list, or null"
+        )
     if types is not None:
         limited = [i for i, one in enumerate(types) if one != "full_attention"]
     elif window is None or (kind != "mistral" and not is_used):
@@ -337,4 +355,6 @@ def _refuse_windows(keys: ConfigReader, kind: str, layers: int) -> None:
             f"{keys.origin}: layers with a sliding window cannot be converted",
             found=f"window {window} in the layers {', '.join(map(str, limited))}",
             allowed="attention to the whole text in every layer",
+            hint="with sliding_window null and max_position_embeddings of the window the model "
+            "computes the same, up to that length",
         )

@@ -35,7 +35,7 @@ def require_extra() -> None:
     """Raise a UsageError unless the packages of the extra `serve` are installed."""
     for name in ("fastapi", "uvicorn"):
         if importlib.util.find_spec(name) is None:
-            raise UsageError(f"{name} is not installed", hint="pip install 'mla-deploy[serve]'")
+            raise UsageError(f"{name} is not installed", hint="pip install fastapi uvicorn")
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -290,7 +290,7 @@ def test_a_checkpoint_in_place_of_a_bundle(
 ) -> None:
     result = invoke(*(tiny_mla if one == "X" else one for one in command))
     assert_users_error(result, "is not a bundle")
-    assert "mla-deploy export" in result.stderr
+    assert "mla-deploy build" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from click.testing import Result
+from safetensors.torch import load_file, save_file
 from support.models import save_checkpoint
 from support.sources import byte_tokenizer, random_source, random_text
 
+from mla_deploy.checkpoint import SINGLE_FILE
 from mla_deploy.errors import UsageError
 from mla_deploy.exporters import build as build_module
 from mla_deploy.exporters.build import build_bundle
@@ -74,7 +77,20 @@ def test_a_latent_model_becomes_the_bundle_of_the_single_commands(
     assert "cache int4 (first layer int8)" in shown
     assert "cache 492 bytes a token" in shown
     assert f'next mla-deploy run {out} "Once upon a time"' in shown
-    assert f"{out}.build" in made.stderr
+    assert f"{out}.partial" in made.stderr
+
+
+def test_what_is_left_out_is_told(tiny_mla: Path, outputs: Path, invoke: Invoke) -> None:
+    """Such as the layers for multi-token prediction, which published checkpoints hold."""
+    source = shutil.copytree(tiny_mla, outputs / "source")
+    layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
+    tensors = load_file(source / SINGLE_FILE)
+    for name in ("eh_proj", "enorm"):
+        tensors[f"model.layers.{layers}.{name}.weight"] = torch.ones(4)
+    save_file(tensors, source / SINGLE_FILE)
+    made = invoke("build", source, "-o", outputs / "out", "--weights", "none")
+    assert made.exit_code == 0, made.output
+    assert "left out 2 tensors: multi-token prediction, which is not run" in made.stdout
 
 
 def test_with_json_it_prints_what_each_step_did(
@@ -149,7 +165,7 @@ def test_a_model_of_the_llama_kind_is_converted_first(
     assert contents(out) == contents(whole)
     assert "kv_lora_rank" in made.stdout
     assert "KL divergence" in made.stdout
-    assert not (outputs / "out.build").exists()
+    assert not (outputs / "out.partial").exists()
 
 
 def test_text_of_the_models_own_is_for_the_conversion_alone() -> None:
@@ -180,8 +196,8 @@ def test_a_conversion_is_not_guessed(
         (("--weights", "auto"), "mla-deploy quantize --help"),
         (("--kv", "int5"), "int5"),
         (("--weights", "int3"), "int3"),
-        (("--target", "sm42"), "cpu, cuda, sm75"),
-        (("--target", "tensorrt"), "cpu, cuda, sm75"),
+        (("--target", "sm42"), "cpu, cuda, sm80+, sm75"),
+        (("--target", "tensorrt"), "cpu, cuda, sm80+, sm75"),
     ],
 )
 def test_options_that_do_not_fit_a_latent_model(
@@ -300,11 +316,6 @@ build_bundle(sys.argv[1], sys.argv[2],
 """
 
 
-def left(outputs: Path) -> list[str]:
-    """What a kill leaves, without the half-written bundle, which the next export takes away."""
-    return sorted({*os.listdir(outputs)} - {".out.partial"})
-
-
 @pytest.mark.parametrize(
     ("at", "expected"),
     [
@@ -322,13 +333,13 @@ def test_a_killed_build_goes_on_where_it_stopped(
         [sys.executable, "-c", KILLED, *map(str, (llama.path, out, llama.text, at))], check=False
     )
     assert killed.returncode == -signal.SIGKILL
-    assert left(outputs) == ["out.build"]
+    assert os.listdir(outputs) == ["out.partial"]
 
     command = ("build", llama.path, "-o", out, *llama.options)
     other = invoke(*command, "--kv", "int8")
     assert other.exit_code == 2
     assert "unfinished work of another command" in other.stderr
-    assert left(outputs) == ["out.build"]
+    assert os.listdir(outputs) == ["out.partial"]
 
     if expected[0] == "done before":
         monkeypatch.setattr(build_module, "convert_checkpoint", fail)
@@ -353,12 +364,35 @@ def test_an_error_after_a_finished_step_keeps_it_and_says_so(
         broken.setattr(build_module, "export_onnx", refuse)
         failed = invoke("build", tiny_mla, "-o", out)
     assert failed.exit_code == 2
-    assert f"kept in {out}.build" in failed.stderr
-    assert os.listdir(outputs) == ["out.build"]
+    assert f"kept in {out}.partial" in failed.stderr
+    assert os.listdir(outputs) == ["out.partial"]
     monkeypatch.setattr(build_module, "quantize_checkpoint", fail)
     again = invoke("build", tiny_mla, "-o", out)
     assert again.exit_code == 0, again.output
-    assert f"goes on from what is in {out}.build" in again.stderr
+    assert f"goes on from what is in {out}.partial" in again.stderr
+    assert contents(out) == contents(bundle)
+    assert os.listdir(outputs) == ["out"]
+
+
+def test_what_came_to_the_output_meanwhile_stays_unless_it_is_to_be_replaced(
+    tiny_mla: Path, bundle: Path, outputs: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = outputs / "out"
+    export = build_module.export_onnx
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        out.mkdir()
+        (out / "manifest.json").write_text("another build's")
+        return export(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "export_onnx", late)
+        failed = invoke("build", tiny_mla, "-o", out)
+    assert failed.exit_code == 2
+    assert f"{out} exists already" in failed.stderr
+    assert f"kept in {out}.partial" in failed.stderr
+    assert os.listdir(out) == ["manifest.json"]
+    assert invoke("build", tiny_mla, "-o", out, "--force").exit_code == 0
     assert contents(out) == contents(bundle)
     assert os.listdir(outputs) == ["out"]
 
@@ -370,7 +404,7 @@ def test_a_converted_checkpoint_goes_when_the_quantised_one_is_there(
     export = build_module.export_onnx
 
     def look(*arguments: Any, **options: Any) -> Any:
-        seen.append(sorted(os.listdir(outputs / "out.build")))
+        seen.append(sorted(os.listdir(outputs / "out.partial")))
         return export(*arguments, **options)
 
     monkeypatch.setattr(build_module, "export_onnx", look)
@@ -383,6 +417,7 @@ def test_control_c_keeps_the_work(
     tiny_mla: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
+    monkeypatch.setattr("mla_deploy.shards._SHARD_BYTES", 1)
 
     def interrupt(done: int, total: int, what: str) -> None:
         if what.startswith("quantize: model.layers.2"):
@@ -390,7 +425,7 @@ def test_control_c_keeps_the_work(
 
     with pytest.raises(KeyboardInterrupt):
         build_bundle(tiny_mla, outputs / "out", progress=interrupt, say=said.append)
-    assert os.listdir(outputs) == ["out.build"]
+    assert os.listdir(outputs) == ["out.partial"]
     assert "goes on from it" in said[-1]
     report = build_bundle(tiny_mla, outputs / "out")
     assert report.steps["quantize"] == "done"
@@ -400,7 +435,7 @@ def test_control_c_keeps_the_work(
 def test_a_folder_of_somebody_elses_is_not_taken_for_work(
     tiny_mla: Path, outputs: Path, invoke: Invoke
 ) -> None:
-    work = outputs / "out.build"
+    work = outputs / "out.partial"
     work.mkdir()
     (work / "precious.txt").write_text("mine")
     result = invoke("build", tiny_mla, "-o", outputs / "out")

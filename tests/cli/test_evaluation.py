@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,36 @@ def test_all_measures_resume_and_report(
     assert journal.read_text().count("\n") == lines
 
 
+def test_figures_of_what_has_changed_are_not_taken_over(
+    tiny_mla: Path, bundle: Path, mixed_bundle: Path, short_text: Path, tmp_path: Path,
+    invoke: Invoke,
+) -> None:  # fmt: skip
+    """Another model under the same name, and an edited text, each with old figures."""
+    model, text = tmp_path / "model", tmp_path / "text.txt"
+    shutil.copytree(bundle, model)
+    shutil.copy(short_text, text)
+    command = (
+        *("eval", model, "--reference", tiny_mla, "--text", text, "-n", 16),
+        *("--threads", 1, "--resume", tmp_path / "journal.jsonl"),
+    )
+    assert invoke(*command).exit_code == 0
+    assert invoke(*command).exit_code == 0
+
+    def refused() -> str:
+        result = invoke(*command)
+        assert result.exit_code == 2, result.output
+        assert "belongs to another evaluation" in result.stderr
+        return result.stderr
+
+    text.write_text(text.read_text() + " More.")
+    assert "text.txt changed" in refused()
+    shutil.copy(short_text, text)
+    shutil.rmtree(model)
+    shutil.copytree(mixed_bundle, model)
+    assert "manifest.json changed" in refused()
+    assert "--window default, not 64" in invoke(*command, "--window", 64).stderr
+
+
 def test_nothing_asked_for(tiny_mla: Path, invoke: Invoke) -> None:
     result = invoke("eval", tiny_mla)
     assert result.exit_code == 2
@@ -151,6 +182,10 @@ def test_nothing_asked_for(tiny_mla: Path, invoke: Invoke) -> None:
             "--kv auto --kv-first int8",
         ),
         (("--weights", "auto", "--weights-budget", 5), "under a budget"),
+        (
+            ("--weights", "none", "--zeros", "exact", "--group", 128),
+            "--weights none --group 128 --zeros exact",
+        ),
         (
             ("--weights", "auto", "--weights-budget", 3, "--calibration", "TEXT"),
             "4.525 bits or more",

@@ -58,7 +58,7 @@ def test_other_memory_sizes_are_refused(text: str) -> None:
 
 
 def test_depths_are_sorted_and_taken_once() -> None:
-    assert Depths().convert("512, 0,512,8192", None, None) == (0, 512, 8192)
-    for text in ("", "1,", "-1", "1.5", "a"):
+    assert Depths().convert("512, 0,512,8k", None, None) == (0, 512, 8192)
+    for text in ("", "1,", "-1", "1.5", "a", "k", "2kk"):
         with pytest.raises(click.BadParameter, match="list of depths"):
             Depths().convert(text, None, None)

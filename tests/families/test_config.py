@@ -84,6 +84,42 @@ def test_minicpm3_has_the_published_size_and_the_defaults_of_its_config(tmp_path
     assert config.rope.longrope.attention_factor == 1.0  # trained at its full context
 
 
+def test_glm_flash_is_read_with_all_keys_that_it_is_published_with(
+    shared: Path, tmp_path: Path
+) -> None:
+    """The copy in ../shared is shortened; these are the rest."""
+    folder = shared / "data" / "configs"
+    raw = json.loads((folder / "zai-org--GLM-4.7-Flash_config.json").read_text())
+    raw |= {
+        "attention_bias": False, "attention_dropout": 0.0, "dtype": "bfloat16",
+        "eos_token_id": [154820, 154827, 154829], "hidden_act": "silu", "n_group": 1,
+        "norm_topk_prob": True, "num_nextn_predict_layers": 1, "pad_token_id": 154820,
+        "partial_rotary_factor": 1.0, "rms_norm_eps": 1e-05, "rope_scaling": None,
+        "rope_theta": 1000000, "topk_group": 1, "topk_method": "noaux_tc",
+        "transformers_version": "5.0.0rc0",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = load_config(tmp_path)
+    assert count_parameters(config) == pytest.approx(29.94e9, rel=1e-3)
+    assert (config.rope.theta, config.eos_token_ids[0]) == (1e6, 154820)
+    nested = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "rope_parameters": nested}))
+    assert load_config(tmp_path) == config
+
+
+def test_a_key_that_is_null_is_not_there(tiny_mla: Path, tmp_path: Path) -> None:
+    assert load_config(changed(tiny_mla, tmp_path, sliding_window=None)) == load_config(tiny_mla)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_model_to_be_converted_is_sent_to_build(
+    tiny_mla: Path, tmp_path: Path, kind: str
+) -> None:
+    with pytest.raises(ConfigError, match="not latent yet") as caught:
+        load_config(changed(tiny_mla, tmp_path, model_type=kind))
+    assert "--target-ratio" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_real_configs_have_the_published_size(shared: Path, name: str) -> None:
     config = load_config(shared / "data" / "configs" / f"{name}_config.json")
@@ -148,6 +184,8 @@ def test_an_unknown_key_is_named(tiny_mla: Path, tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": None}}, "rope scaling is not supported"),
         ({"rope_parameters": "yarn"}, "rope scaling has the wrong type"),
         ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope scaling is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor has a value"),
+        ({"rope_parameters": YARN | {"rope_theta": 1}}, "rope_theta is out of range"),
         ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is out of range"),
         ({"mla_deploy": {"version": 99}}, "recipe is of another version"),
         ({"mla_deploy": {"version": 1, "colour": "red"}}, "recipe cannot be read"),

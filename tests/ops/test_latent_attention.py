@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mla_deploy import ops
-from mla_deploy.cache import PAGE_TOKENS, cache_record
+from mla_deploy.cache import cache_record
 from mla_deploy.errors import UsageError
+from mla_deploy.manifest import PAGE_TOKENS
 
 HEADS, NOPE, ROPE, RANK, VALUE = 4, 24, 16, 64, 20
 SCALE = 0.2

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from support.graph_runner import GraphRunner
 from support.models import VOCAB, relative_error, save_checkpoint, transformers_logits
 from support.sources import byte_tokenizer, random_source, random_text
 
+import mla_deploy.quant.compress.convert as convert_module
 from mla_deploy.bundle import Bundle
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.errors import CheckpointError, ConfigError, OutputError, TokenizerError, UsageError
@@ -227,7 +231,19 @@ convert.convert_checkpoint(sys.argv[1], sys.argv[2], ConvertOptions(
 """
 
 
-def test_a_killed_run_goes_on_with_the_next_layer(tmp_path: Path) -> None:
+@contextmanager
+def edited(file: Path, is_edited: bool) -> Iterator[None]:
+    """A file that means the same and is another, if it is edited."""
+    before = file.read_text()
+    if is_edited:
+        file.write_text(before + "\n")
+    yield
+    file.write_text(before)
+
+
+def test_a_killed_run_goes_on_with_the_next_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, source = source_folder(tmp_path)
     text, out = random_text(tmp_path), tmp_path / "out"
     killed = subprocess.run(
@@ -238,11 +254,17 @@ def test_a_killed_run_goes_on_with_the_next_layer(tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL
     assert not out.exists()
     chosen = options(text, target_ratio=0.5)
-    other = options(text, target_ratio=0.25)
-    with pytest.raises(OutputError, match="unfinished work of another command"):
-        convert_checkpoint(source, out, other)
+    for what, change in (
+        ("--target-ratio 0.5, not 0.25", options(text, target_ratio=0.25)),
+        ("tokenizer.json changed", chosen),
+    ):
+        with edited(source / "tokenizer.json", "tokenizer" in what):
+            with pytest.raises(OutputError, match="another command") as refused:
+                convert_checkpoint(source, out, change)
+            assert refused.value.found == what
     assert (tmp_path / "out.partial").exists()
-    resumed = convert_checkpoint(source, out, chosen)
+    monkeypatch.chdir(tmp_path)  # the same files, spelled otherwise
+    resumed = convert_checkpoint(source.name, out.name, options(Path(text.name), target_ratio=0.5))
     assert resumed.resumed_layers == 1
     whole = convert_checkpoint(source, tmp_path / "whole", chosen)
     assert whole.resumed_layers == 0
@@ -253,15 +275,66 @@ def test_a_killed_run_goes_on_with_the_next_layer(tmp_path: Path) -> None:
     )
 
 
-def test_a_run_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_run_that_fails_before_it_has_done_anything_leaves_nothing(tmp_path: Path) -> None:
     theirs, source = source_folder(tmp_path)
     with torch.no_grad():
-        theirs.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+        theirs.model.embed_tokens.weight[3, 5] = float("nan")
     save_checkpoint(theirs, source, None)
     with pytest.raises(CheckpointError) as caught:
         convert_checkpoint(source, tmp_path / "out", options(random_text(tmp_path)))
-    assert "model.layers.1.mlp.up_proj.weight" in str(caught.value)
+    assert "model.embed_tokens.weight" in str(caught.value)
     assert {p.name for p in tmp_path.iterdir()} == {"source", "text.txt"}
+
+
+@pytest.mark.parametrize("at", ["layer 1", "write_page", "publish"])
+def test_a_run_that_fails_keeps_its_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """In the second layer, after the last one, and when something came to the output meanwhile."""
+    _, source = source_folder(tmp_path)
+    chosen, out, said = options(random_text(tmp_path)), tmp_path / "out", []
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    def progress(done: int, total: int, what: str) -> None:
+        if at == what:
+            fail()
+        if at == "publish" and what == "comparison":
+            out.mkdir()
+            (out / "precious.txt").write_text("mine")
+
+    with monkeypatch.context() as patch:
+        if at == "write_page":
+            patch.setattr(convert_module, "write_page", fail)
+        with pytest.raises(OutputError if at == "publish" else RuntimeError):
+            convert_checkpoint(source, out, chosen, progress, say=said.append)
+    assert f"kept in {out}.partial" in said[-1]
+    if at == "publish":
+        assert (out / "precious.txt").read_text() == "mine"
+        out.rename(tmp_path / "mine")
+    assert convert_checkpoint(source, out, chosen).resumed_layers == 2
+    convert_checkpoint(source, tmp_path / "whole", chosen)
+    first, second = weights_of(out), weights_of(tmp_path / "whole")
+    assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in second)
+    assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "whole"))
+
+
+def test_a_resumed_run_needs_room_for_the_rest_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, source = source_folder(tmp_path)
+    chosen = options(random_text(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, "write_page", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert_checkpoint(source, tmp_path / "out", chosen)
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    assert usage.free < sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OutputError, match="too full"):
+        convert_checkpoint(source, tmp_path / "other", chosen)
+    assert convert_checkpoint(source, tmp_path / "out", chosen).resumed_layers == 2
 
 
 def test_a_layer_that_overflows_is_named(tmp_path: Path) -> None:
@@ -334,6 +407,14 @@ def test_the_stock_layout_refuses_what_it_cannot_hold(
         ({"calibration": ("self", "a.txt")}, "cannot be mixed"),
         ({"calibration": (), "no_calibration": True, "method": "transmla"}, "needs calibration"),
         ({"tokens": 0}, "tokens is out of range"),
+        (
+            {"calibration": (), "no_calibration": True, "seed": 3},
+            "--no-calibration --tokens 2048 --window 64 --seed 3",
+        ),
+        (
+            {"calibration": (), "no_calibration": True, "heal": ("a.txt",), "seed": 3},
+            "--no-calibration --tokens 2048\n",
+        ),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(

@@ -84,7 +84,9 @@ def test_layers_without_positions_need_no_rotary_channels(tmp_path: Path) -> Non
 
 def test_weights_alone_suffice_at_full_size(tmp_path: Path) -> None:
     theirs = random_source("qwen2")
-    out = converted(theirs, tmp_path, calibration=(), no_calibration=True, **FULL)
+    out = converted(
+        theirs, tmp_path, calibration=(), no_calibration=True, tokens=None, window=None, **FULL
+    )
     assert_equal(theirs, out)
 
 

@@ -143,7 +143,7 @@ def test_a_record_that_nobody_knows(tiny_mla: Path, tmp_path: Path) -> None:
 def test_a_record_that_cannot_hold_the_latent(tmp_path: Path) -> None:
     model = random_model("deepseek_v2", moe=False, yarn=False, q_lora=False, kv_lora_rank=40)
     source = save_checkpoint(model, tmp_path / "source", None)
-    assert recipe_of(source, weights="none", group=32).cache_formats(2) == ("int8", "int4")
+    assert recipe_of(source, weights="none").cache_formats(2) == ("int8", "int4")
     with pytest.raises(ConfigError, match="int3"):
         recipe_of(source, weights="none", kv_first="int3")
 

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_deploy.cache import PAGE_TOKENS, Layout, cache_formats, cache_record
+from mla_deploy.cache import Layout, cache_formats, cache_record
 from mla_deploy.errors import ConfigError
+from mla_deploy.manifest import PAGE_TOKENS
 from mla_deploy.quant.cache_codes import (
     decode_fp8,
     encode_fp8,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import mla_deploy.quant.workspace as workspace_module
+import mla_deploy.output as output_module
 import mla_deploy.shards as shards_module
 from mla_deploy.checkpoint import SINGLE_FILE, Checkpoint
 from mla_deploy.errors import CheckpointError, ConfigError, MlaError, OutputError, UsageError
@@ -309,7 +309,7 @@ def test_too_little_space_is_seen_before_work(
     moe_v3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(workspace_module.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(output_module.shutil, "disk_usage", lambda _: usage)
     calls: list[object] = []
     with pytest.raises(OutputError, match="too full") as error:
         quantize_checkpoint(moe_v3, tmp_path / "out", progress=lambda *call: calls.append(call))
@@ -363,13 +363,14 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     partial = tmp_path / "out.partial"
     # what a kill in the middle of a write leaves
     (partial / ".model-00099.safetensors.tmp").write_bytes(b"half")
-    with (partial / "errors.jsonl").open("a") as handle:
+    with (partial / ".errors.jsonl").open("a") as handle:
         handle.write('["model.lay')
 
-    with pytest.raises(OutputError, match="another command") as error:
-        quantize_checkpoint(moe_v3, out, QuantizeOptions(kv="int8"))
-    assert "options" in str(error.value.found)
-    assert partial.exists()
+    if after > 1:  # or nothing is finished
+        with pytest.raises(OutputError, match="another command") as error:
+            quantize_checkpoint(moe_v3, out, QuantizeOptions(kv="int8"))
+        assert error.value.found == "--kv int4, not int8"
+        assert partial.exists()
 
     resumed = quantize_checkpoint(moe_v3, out)
     assert (resumed.resumed_bytes > 0) == (after > 1)
@@ -378,7 +379,39 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
 
 
-def test_a_changed_source_is_not_mixed_with_old_work(moe_v3: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_disk_that_fills_up_costs_only_what_was_not_finished(
+    after: int, moe_v3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same call goes on, and needs room for the rest alone."""
+    monkeypatch.setattr(shards_module, "_SHARD_BYTES", 60_000)
+    whole = quantize_checkpoint(moe_v3, tmp_path / "whole")
+    written, said = [], []
+
+    def fill(_: int) -> None:
+        if len(written) == after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module.os, "fsync", fill)
+        with pytest.raises(OutputError, match="cannot be written"):
+            quantize_checkpoint(moe_v3, tmp_path / "out", say=said.append)
+    if not after:
+        assert not said
+        assert sorted(os.listdir(tmp_path)) == ["whole"]
+        return
+    assert f"kept in {tmp_path / 'out.partial'}: the same command goes on" in said[0]
+    usage = shutil.disk_usage(tmp_path)._replace(free=whole.output_bytes - after * 60_000)
+    monkeypatch.setattr(output_module.shutil, "disk_usage", lambda _: usage)
+    assert quantize_checkpoint(moe_v3, tmp_path / "out").resumed_bytes >= after * 60_000
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_changed_source_is_not_mixed_with_old_work(
+    moe_v3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "_SHARD_BYTES", 1)
     source = copy(moe_v3, tmp_path / "source")
 
     def interrupt(*_: object) -> None:
@@ -390,7 +423,7 @@ def test_a_changed_source_is_not_mixed_with_old_work(moe_v3: Path, tmp_path: Pat
     break_tensor(source, LAST, with_value(0.5))
     with pytest.raises(OutputError, match="another command") as error:
         quantize_checkpoint(source, tmp_path / "out")
-    assert "source_sha256" in str(error.value.found)
+    assert error.value.found == "model.safetensors changed"
 
 
 def test_two_runs_do_not_write_the_same_folder(moe_v3: Path, tmp_path: Path) -> None:

@@ -26,17 +26,9 @@ import torch
 from support.cuda import Machine, build_emulation, gpu_machine
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from mla_deploy.bundle import (
-    CacheInfo,
-    CachePartInfo,
-    GraphInfo,
-    LayerCache,
-    Manifest,
-    ModelInfo,
-    describe_file,
-    write_manifest,
-)
+from mla_deploy.bundle import describe_file, write_manifest
 from mla_deploy.exporters.onnx import export_onnx
+from mla_deploy.manifest import CacheInfo, CachePartInfo, GraphInfo, LayerCache, Manifest, ModelInfo
 from mla_deploy.runtime import Engine, load
 
 VOCAB = 263  # prime

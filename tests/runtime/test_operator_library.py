@@ -28,11 +28,12 @@ import torch
 from onnx import helper
 from support.operator_library import built_library
 
-from mla_deploy.cache import PAGE_TOKENS, cache_record, pages_for
+from mla_deploy.cache import cache_record, pages_for
 from mla_deploy.errors import UsageError
 from mla_deploy.exporters.onnx.attention_function import ATTENTION_DOMAIN, OPSET, AttentionFunctions
 from mla_deploy.exporters.onnx.builder import DTYPES
 from mla_deploy.exporters.onnx.export import export_onnx
+from mla_deploy.manifest import PAGE_TOKENS
 from mla_deploy.runtime import _runtime, load, ops
 
 ort = pytest.importorskip("onnxruntime")

@@ -13,7 +13,8 @@ import httpx
 import pytest
 from support.serving import Gate, Running, serving, until
 
-from mla_deploy.bundle import Manifest, describe_file, write_manifest
+from mla_deploy.bundle import describe_file, write_manifest
+from mla_deploy.manifest import Manifest
 from mla_deploy.runtime import Engine, GenerationOptions, load
 from mla_deploy.runtime.serve import http
 

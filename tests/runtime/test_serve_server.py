@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.serving import PATIENCE, Gate, serving, until
@@ -77,7 +77,7 @@ def test_a_missing_extra_says_how_to_install_it(name: str, monkeypatch: pytest.M
     monkeypatch.setattr("importlib.util.find_spec", lambda one: None if one == name else found(one))
     with pytest.raises(UsageError, match=name) as caught:
         require_extra()
-    assert caught.value.hint == "pip install 'mla-deploy[serve]'"
+    assert caught.value.hint == "pip install fastapi uvicorn"
 
 
 def test_a_bundle_without_a_tokenizer_is_refused_at_once(own_toy: Toy) -> None:
@@ -87,9 +87,13 @@ def test_a_bundle_without_a_tokenizer_is_refused_at_once(own_toy: Toy) -> None:
         Server(own_toy.load(), bound, ServerOptions())
 
 
-def test_engines_of_tensorrt_are_refused() -> None:
+def test_engines_that_compute_one_sequence_at_a_time_are_refused(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = toy.load()
+    monkeypatch.setattr(type(engine), "batches", False)  # as TensorRT's
     with bind("127.0.0.1", 0) as bound, pytest.raises(UsageError, match="TensorRT"):
-        Server(cast("Engine", object()), bound, ServerOptions())
+        Server(engine, bound, ServerOptions())
 
 
 def test_stopping_ends_every_request_with_an_error_and_frees_the_cache(

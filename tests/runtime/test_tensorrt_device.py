@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mla_deploy.bundle import Bundle, EngineInfo
+from mla_deploy.bundle import Bundle
 from mla_deploy.errors import BundleError, UsageError
+from mla_deploy.manifest import EngineInfo
 from mla_deploy.runtime import tensorrt_device
 from mla_deploy.runtime.tensorrt_device import CudaDevice, TensorRtExecution, open_engine
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mla_deploy.cache import PAGE_TOKENS, CacheRecord, cache_record
+from mla_deploy.cache import CacheRecord, cache_record
+from mla_deploy.manifest import PAGE_TOKENS
 from mla_deploy.ops import attention
 
 EXPONENT = 2.5  # standard deviation of the scores

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mla_deploy.bundle import PORTABLE_TARGET
 from mla_deploy.exporters.tensorrt.capability import RTX_TARGETS
 from mla_deploy.gpu import gpu_target
+from mla_deploy.manifest import PORTABLE_TARGET
 
 
 def engine_target(*, own: bool) -> str:

@@ -47,9 +47,7 @@ const OrtHost& OrtHost::open(const std::string& library) {
     return hosts.emplace(library, open_library(library)).first->second;
 }
 
-std::string first_line(const std::string& message) {
-    return message.substr(0, message.find('\n'));
-}
+std::string first_line(const std::string& message) { return message.substr(0, message.find('\n')); }
 
 void check(const OrtApi& api, OrtStatus* status, mla_status as, const std::string& what) {
     if (status == nullptr) return;
