@@ -24,7 +24,7 @@ from mla_deploy.exporters.onnx.export import (
     require_tokenizer,
 )
 from mla_deploy.exporters.onnx.graph import build_graph
-from mla_deploy.exporters.onnx.weights import Progress, write_external_data
+from mla_deploy.exporters.onnx.weights import write_external_data
 from mla_deploy.exporters.tensorrt.build import (
     TIMEOUT,
     EngineReport,
@@ -54,6 +54,7 @@ from mla_deploy.manifest import (
 )
 from mla_deploy.model import cache_parts, check_weights
 from mla_deploy.output import check_output, check_space, writing
+from mla_deploy.progress import Progress
 from mla_deploy.workspace import workspace
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
