@@ -26,6 +26,7 @@ from mla_deploy.exporters.tensorrt.build import check_memory
 from mla_deploy.exporters.tensorrt.export import TensorRtOptions, TensorRtReport, export_tensorrt
 from mla_deploy.job import job_of
 from mla_deploy.output import check_output, check_space
+from mla_deploy.progress import Progress
 from mla_deploy.quant.compress.convert import convert_checkpoint
 from mla_deploy.quant.compress.options import calibration_paths
 from mla_deploy.quant.compress.report import ConversionReport
@@ -33,7 +34,7 @@ from mla_deploy.quant.compress.source import Source
 from mla_deploy.quant.hqq_source import open_source, options_of_source
 from mla_deploy.quant.options import recipe_for
 from mla_deploy.quant.plan import make_plan
-from mla_deploy.quant.quantize import Progress, QuantizeReport, quantize_checkpoint
+from mla_deploy.quant.quantize import QuantizeReport, quantize_checkpoint
 from mla_deploy.workspace import claimed, holds_work
 
 StepState = Literal["done", "done before", "not needed"]

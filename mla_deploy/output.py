@@ -109,6 +109,22 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 @contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to. The file takes its own when the block ends well, or none.
+
+    Raises:
+        OutputError: as `writing`.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Turn the system's errors of writing into `folder` into an OutputError."""
     try:

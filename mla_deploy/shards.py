@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mla_deploy.checkpoint import INDEX_FILE, read_header
-from mla_deploy.output import writing
+from mla_deploy.output import whole_file
 
 _SHARD_BYTES = 128 << 20
 _TYPE_NAMES = {
@@ -78,9 +78,8 @@ class ShardWriter:
             "metadata": {"total_size": self._total_bytes},
             "weight_map": dict(sorted(self._weight_map.items())),
         }
-        with writing(self._folder):
-            text = json.dumps(index, indent=1) + "\n"
-            (self._folder / INDEX_FILE).write_text(text, encoding="utf-8")
+        with whole_file(self._folder / INDEX_FILE) as file:
+            file.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
     def flush(self) -> None:
         """Write the tensors taken so far into a shard, however small."""
@@ -88,10 +87,8 @@ class ShardWriter:
             return
         self._shards += 1
         name = f"model-{self._shards:05d}.safetensors"
-        temporary = self._folder / f".{name}.tmp"
-        with writing(self._folder):
-            _save(self._pending, temporary)
-            temporary.rename(self._folder / name)
+        with whole_file(self._folder / name) as file:
+            _save(self._pending, file)
         self._weight_map.update(dict.fromkeys(self._pending, name))
         self._total_bytes += self._pending_bytes
         self._pending.clear()

@@ -15,13 +15,13 @@ from mla_deploy.cache import cache_record
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import ConfigError
 from mla_deploy.model import load_model
-from mla_deploy.output import writing
+from mla_deploy.output import whole_file, writing
+from mla_deploy.progress import Progress
 from mla_deploy.quant.allocate import Choice, Point, allocate, decide
 from mla_deploy.quant.calibrate import (
     AUTO_FORMATS,
     CacheChoice,
     Calibration,
-    Progress,
     calibrate,
     joint_divergence,
 )
@@ -150,9 +150,8 @@ def save_choices(folder: Path, choices: CacheChoices) -> None:
     text = json.dumps({**choices.to_json(), "blocks": blocks}, indent=1) + "\n"
     with writing(folder):
         save_file(axes, folder / AXES_FILE)
-        temporary = folder / f".{CALIBRATION_FILE}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.rename(folder / CALIBRATION_FILE)
+    with whole_file(folder / CALIBRATION_FILE) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def load_choices(folder: Path) -> CacheChoices | None:

@@ -22,6 +22,7 @@ import torch
 from mla_deploy.cache import cache_record
 from mla_deploy.config import MlaConfig
 from mla_deploy.modules.decoder import Decoder
+from mla_deploy.progress import Progress
 from mla_deploy.quant.calibration_text import CalibrationText
 from mla_deploy.quant.fold import LatentRotation, balanced_axes, hadamard_block, latent_sensitivity
 from mla_deploy.quant.window_run import EXACT, WindowRun, divergence, rotated
@@ -29,8 +30,6 @@ from mla_deploy.quant.window_run import EXACT, WindowRun, divergence, rotated
 AUTO = "auto"
 AUTO_FORMATS = ("int2", "int3", "int4", "int4-g32", "int8", "fp16")
 """What `--kv auto` chooses from."""
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

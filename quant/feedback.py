@@ -23,9 +23,9 @@ from mla_deploy.config import MlaConfig
 from mla_deploy.model import build, load_model
 from mla_deploy.modules.decoder import Decoder
 from mla_deploy.modules.linear import Linear
-from mla_deploy.output import writing
+from mla_deploy.output import whole_file
 from mla_deploy.packing import pack
-from mla_deploy.quant.calibrate import Progress
+from mla_deploy.progress import Progress
 from mla_deploy.quant.calibration_text import CalibrationText
 from mla_deploy.quant.hqq import solve
 from mla_deploy.quant.weights import QuantizedMatrix, check_group
@@ -119,10 +119,8 @@ def measure_moments(
         run.log_probabilities(*run.layer(config.num_hidden_layers - 1, x, residual))
         if progress is not None:
             progress(done, len(text.windows), "moments of the inputs")
-    temporary = folder / f".{MOMENTS_FILE}.tmp"
-    with writing(folder):
-        save_file(found, temporary)
-        temporary.rename(folder / MOMENTS_FILE)
+    with whole_file(folder / MOMENTS_FILE) as file:
+        save_file(found, file)
 
 
 def moments_of(folder: Path, config: MlaConfig) -> Callable[[str], torch.Tensor | None]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
@@ -20,6 +20,7 @@ from mla_deploy.config_reader import read_json_object
 from mla_deploy.errors import CheckpointError, ConfigError, UsageError
 from mla_deploy.job import job_of
 from mla_deploy.output import check_output, check_space, writing
+from mla_deploy.progress import Progress
 from mla_deploy.quant.cache_choice import (
     AXES_FILE,
     CacheChoices,
@@ -49,13 +50,6 @@ from mla_deploy.workspace import workspace
 _ERRORS_FILE = ".errors.jsonl"
 """In the partial folder: the error of each matrix done, so that a resumed run can report them."""
 _SCRATCH = (_ERRORS_FILE, AXES_FILE, MOMENTS_FILE)
-
-
-class Progress(Protocol):
-    """Told how far the work is; may be slow, so it is called once a tensor."""
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        """`done` of `total` numbers are quantised, `what` is the tensor just finished."""
 
 
 @dataclass

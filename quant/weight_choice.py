@@ -12,9 +12,9 @@ from typing import Any
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import UsageError
 from mla_deploy.model import load_model
-from mla_deploy.output import writing
+from mla_deploy.output import whole_file
+from mla_deploy.progress import Progress
 from mla_deploy.quant.allocate import Choice, Point, decide
-from mla_deploy.quant.calibrate import Progress
 from mla_deploy.quant.calibration_text import CalibrationText
 from mla_deploy.quant.plan import Plan, Step
 from mla_deploy.quant.weight_loss import BITS, Layers, Part, joint_losses, losses, parts_of
@@ -179,10 +179,8 @@ def choose_weights(
 def save_weight_choices(folder: Path, choices: WeightChoices) -> None:
     """Write `weight_bits.json`."""
     text = json.dumps(choices.to_json(), indent=1) + "\n"
-    temporary = folder / f".{WEIGHT_BITS_FILE}.tmp"
-    with writing(folder):
-        temporary.write_text(text, encoding="utf-8")
-        temporary.rename(folder / WEIGHT_BITS_FILE)
+    with whole_file(folder / WEIGHT_BITS_FILE) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def load_weight_choices(folder: Path) -> WeightChoices | None:

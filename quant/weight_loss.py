@@ -18,7 +18,7 @@ from mla_deploy.config import MlaConfig
 from mla_deploy.families import family_of
 from mla_deploy.model import load_parameters
 from mla_deploy.modules.decoder import Decoder, DecoderLayer
-from mla_deploy.quant.calibrate import Progress
+from mla_deploy.progress import Progress
 from mla_deploy.quant.calibration_text import CalibrationText
 from mla_deploy.quant.fold import LatentRotation
 from mla_deploy.quant.plan import Moments, Outcome, Plan, Step, make_plan

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mla_deploy.errors import SessionError, TokenizerError
-from mla_deploy.output import writing
+from mla_deploy.output import whole_file
 from mla_deploy.runtime.cancellation import Cancellation
 from mla_deploy.runtime.closing import Closing
 from mla_deploy.runtime.engine import Engine
@@ -165,13 +164,8 @@ class Conversation(Closing):
         # less use, as every prompt is compared with the tokens in it.
         if self._engine.saves_sessions:
             self._session.save(_cache_of(path))
-        partial = path.with_name(f".{path.name}.partial")
-        with writing(path):
-            try:
-                partial.write_text(text + "\n", encoding="utf-8")
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
+        with whole_file(path) as file:
+            file.write_text(text + "\n", encoding="utf-8")
 
     def load(self, path: Path | str) -> bool:
         """Go on with a conversation that `save` wrote, in place of this one.

@@ -20,7 +20,7 @@ from mla_deploy.errors import UsageError
 from mla_deploy.exporters.onnx.graph import build_graph
 from mla_deploy.exporters.onnx.ort import OnnxRuntime
 from mla_deploy.exporters.onnx.ort_cuda import OnnxRuntimeCuda
-from mla_deploy.exporters.onnx.weights import Progress, write_external_data
+from mla_deploy.exporters.onnx.weights import write_external_data
 from mla_deploy.manifest import (
     FORMAT_VERSION,
     PAGE_TOKENS,
@@ -34,6 +34,7 @@ from mla_deploy.manifest import (
 )
 from mla_deploy.model import cache_parts, check_weights, count_parameters
 from mla_deploy.output import check_output, check_space, writing
+from mla_deploy.progress import Progress
 from mla_deploy.recipe import CALIBRATION_FILE, WEIGHT_BITS_FILE
 from mla_deploy.tokenizer import Tokenizer
 from mla_deploy.tokenizer_files import BUNDLE_FILES, checked_tokenizer, write_to_bundle

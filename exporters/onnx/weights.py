@@ -5,7 +5,7 @@ The chunk functions turn a parameter's slabs into what an operator wants, one sl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
@@ -13,14 +13,12 @@ import torch
 
 from mla_deploy.exporters.onnx.builder import Chunks, Initializer
 from mla_deploy.output import writing
+from mla_deploy.progress import Progress
 from mla_deploy.sources import Read, Source
 
 _PAGE = 4096
 """External data is mapped by the page; small tensors share one."""
 _LINE = 64
-
-Progress = Callable[[int, int, str], None]
-"""Called with bytes done, bytes in all, and what is being done."""
 
 
 def plain_chunks(source: Source, dtype: torch.dtype) -> Chunks:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -23,14 +23,13 @@ from mla_deploy.errors import MlaError, UsageError
 from mla_deploy.exporters.tensorrt.capability import Capability, compute_capability
 from mla_deploy.gpu import gpu_target
 from mla_deploy.manifest import ProfileInfo, TensorInfo
+from mla_deploy.progress import Progress
 
 MEMORY_FACTOR = 3.3
 """Bytes of memory that a build takes for a byte of weights, at its peak; measured."""
 MEMORY_BASE = 600 << 20
 """What it takes besides."""
 TIMEOUT = 3600.0
-
-Progress = Callable[[int, int, str], None]
 
 
 class BuildError(MlaError):

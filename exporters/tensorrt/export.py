@@ -25,7 +25,7 @@ from mla_deploy.exporters.onnx.export import (
     write_companions,
 )
 from mla_deploy.exporters.onnx.graph import build_graph
-from mla_deploy.exporters.onnx.weights import Progress, write_external_data
+from mla_deploy.exporters.onnx.weights import write_external_data
 from mla_deploy.exporters.tensorrt.build import (
     TIMEOUT,
     EngineReport,
@@ -55,6 +55,7 @@ from mla_deploy.manifest import (
 )
 from mla_deploy.model import cache_parts, check_weights
 from mla_deploy.output import check_output, check_space, writing
+from mla_deploy.progress import Progress
 from mla_deploy.tokenizer_files import checked_tokenizer
 from mla_deploy.workspace import workspace
 

@@ -7,19 +7,12 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Concatenate, ParamSpec, Protocol
+from typing import Any, Concatenate, ParamSpec
 
 import click
 
 from mla_deploy.errors import MlaError, UsageError
-
-
-class Progress(Protocol):
-    """Moves a progress bar."""
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        """`done` of `total`, `what` is being worked on."""
-
+from mla_deploy.progress import Progress
 
 P = ParamSpec("P")
 

@@ -17,10 +17,9 @@ import numpy as np
 from mla_deploy.errors import UsageError
 from mla_deploy.evaluate.journal import Journal
 from mla_deploy.evaluate.scorer import TextGenerator
+from mla_deploy.progress import Progress
 
 DEFAULT_ANSWER_TOKENS = 256
-
-Progress = Callable[[int, int, str], None]
 
 
 def run_tasks(

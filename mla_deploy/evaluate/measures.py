@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -21,12 +21,12 @@ from mla_deploy.evaluate.retrieval import (
 from mla_deploy.evaluate.scorer import TextGenerator
 from mla_deploy.evaluate.scores import Evaluation, evaluate
 from mla_deploy.evaluate.text import read_text
+from mla_deploy.progress import Progress
 
 DEFAULT_TRIALS = 10
 DEFAULT_SHOTS = 5
 DEFAULT_ANSWER_TOKENS = 256
 
-Progress = Callable[[int, int, str], None]
 TaskScores = dict[str, dict[str, float | str]]
 Found = Evaluation | QuestionScore | Sequence[RetrievalScore] | TaskScores
 

@@ -9,7 +9,7 @@ the form `#### 18`, and what the model writes there has the precedence.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mla_deploy.errors import UsageError
 from mla_deploy.evaluate.journal import Journal
 from mla_deploy.evaluate.scorer import TextGenerator
 from mla_deploy.evaluate.text import json_lines
+from mla_deploy.progress import Progress
 
 STOP = "\nQuestion:"
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -81,7 +82,7 @@ def score_questions(
     *,
     max_tokens: int,
     journal: Journal,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> QuestionScore:
     """Ask every question.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mla_deploy.config_reader import read_json_object
 from mla_deploy.errors import UsageError
-from mla_deploy.output import writing
+from mla_deploy.output import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,10 +74,8 @@ def write_report(path: Path, values: Mapping[str, Any], calibration: Mapping[str
         f"<!doctype html>\n<html lang='en'><meta charset='utf-8'><title>{_cell(values['model'])}"
         f"</title><style>{STYLE}</style>\n{body}\n</html>\n"
     )
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
+    with whole_file(path) as file:
+        file.write_text(page, encoding="utf-8")
 
 
 def require_matplotlib() -> None:

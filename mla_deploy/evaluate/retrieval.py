@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from mla_deploy.errors import UsageError
 from mla_deploy.evaluate.journal import Journal
 from mla_deploy.evaluate.scorer import Scorer
 from mla_deploy.evaluate.text import json_lines
+from mla_deploy.progress import Progress
 from mla_deploy.tokenizer import Tokenizer
 
 Kind = Literal["passkey", "key-value"]
@@ -165,7 +166,7 @@ def score_synthetic(
     *,
     trials: int,
     journal: Journal,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[RetrievalScore]:
     """Synthetic trials of each kind, length and depth; the same for every model.
 
@@ -196,7 +197,7 @@ def score_file(
     *,
     limit: int | None,
     journal: Journal,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[RetrievalScore]:
     """The trials of a file, by depth in quarters; those that no context holds are an error.
 

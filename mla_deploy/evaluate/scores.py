@@ -21,7 +21,7 @@ kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from mla_deploy.errors import CheckpointError, TokenizerError, UsageError
 from mla_deploy.evaluate.journal import Journal
 from mla_deploy.evaluate.scorer import Scorer
 from mla_deploy.evaluate.text import Corpus, Window, check_window, encode_text, windows
+from mla_deploy.progress import Progress
 
 Floats = npt.NDArray[np.float64]
 Logits = npt.NDArray[np.float32]
@@ -98,7 +99,7 @@ def evaluate(
     max_tokens: int | None = None,
     score_from: int = 1,
     journal: Journal | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Score a text with a model, and against a reference if there is one.
 

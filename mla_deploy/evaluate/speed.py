@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mla_deploy.errors import UsageError
+from mla_deploy.progress import Progress
 
 PREFIX_TOKENS = 512
 """Real tokens at the start of a depth; the rest are copies of their pages."""
@@ -66,7 +67,7 @@ def measure_speed(
     prompt_tokens: int,
     decode_tokens: int,
     repetitions: int,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[SpeedAtDepth]:
     """Time a prefill of `prompt_tokens` and `decode_tokens` greedy steps behind each depth.
 

@@ -16,6 +16,7 @@ from mla_deploy.config_reader import PROVENANCE_KEY, read_json_object
 from mla_deploy.errors import CheckpointError, ConfigError, UsageError
 from mla_deploy.job import job_of
 from mla_deploy.output import check_output, check_space, writing
+from mla_deploy.progress import Progress
 from mla_deploy.quant.compress.calibration import Windows, windows_from_model, windows_from_text
 from mla_deploy.quant.compress.geometry import Geometry, candidates
 from mla_deploy.quant.compress.heal import Curve, HealPlan, Student, distil, match_layer
@@ -36,9 +37,6 @@ from mla_deploy.quant.compress.streams import SourceLayer, Streams, advance, car
 from mla_deploy.shards import ShardWriter
 from mla_deploy.tokenizer_files import check_tokenizer_if_any, copy_to_checkpoint
 from mla_deploy.workspace import workspace
-
-Progress = Callable[[int, int, str], None]
-"""Called with steps done, steps in all, and what is being done."""
 
 DEFAULT_WINDOW = 512
 DEFAULT_HEAL_TOKENS = 1 << 20

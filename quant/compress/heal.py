@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mla_deploy.output import writing
+from mla_deploy.output import whole_file
 from mla_deploy.quant.compress.layer import (
     LatentWeights,
     feed_forward,
@@ -250,10 +250,8 @@ def _save_state(
             tensors[f"{index}.{name}"] = value.detach().cpu()
     tensors["curve.tokens"] = torch.tensor(curve.tokens)
     tensors["curve.loss"] = torch.tensor(curve.loss, dtype=torch.float64)
-    temporary = file.with_name(f".{file.name}.tmp")
-    with writing(file.parent):
+    with whole_file(file) as temporary:
         save_file({name: x.contiguous() for name, x in tensors.items()}, temporary)
-        temporary.rename(file)
 
 
 def _load_state(

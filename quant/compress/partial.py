@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mla_deploy.config_reader import read_json_object
-from mla_deploy.output import writing
+from mla_deploy.output import whole_file, writing
 from mla_deploy.quant.compress.geometry import Geometry
 from mla_deploy.quant.compress.heal import Curve, Student
 from mla_deploy.quant.compress.layer import LatentWeights
@@ -45,10 +45,8 @@ class Partial:
         return Geometry(**read_json_object(self._geometry))
 
     def keep_geometry(self, geometry: Geometry) -> None:
-        temporary = self._geometry.with_name(f".{self._geometry.name}.tmp")
-        with writing(self.folder):
-            temporary.write_text(json.dumps(dataclasses.asdict(geometry)))
-            temporary.rename(self._geometry)
+        with whole_file(self._geometry) as file:
+            file.write_text(json.dumps(dataclasses.asdict(geometry)))
 
     def reports(self) -> list[LayerReport]:
         """Of the layers converted, in order; the last word on each."""

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mla_deploy.errors import CheckpointError
-from mla_deploy.output import writing
+from mla_deploy.output import whole_file
 from mla_deploy.quant.compress.calibration import Windows
 from mla_deploy.quant.compress.layer import (
     LatentWeights,
@@ -53,10 +53,8 @@ class Streams:
 
     def save(self, file: Path) -> None:
         """Whole or not at all."""
-        temporary = file.with_name(f".{file.name}.tmp")
-        with writing(file.parent):
+        with whole_file(file) as temporary:
             save_file(dict(vars(self)), temporary)
-            temporary.rename(file)
 
     @classmethod
     def load(cls, file: Path) -> Streams:
