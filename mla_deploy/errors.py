@@ -70,3 +70,7 @@ class SessionError(MlaError):
 
 class UsageError(MlaError):
     """Options that contradict each other or lie outside their range."""
+
+
+class KernelsError(UsageError):
+    """An operator library that ONNX Runtime cannot load."""

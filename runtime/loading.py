@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from mla_deploy.bundle import Bundle
-from mla_deploy.errors import GraphError, UsageError
+from mla_deploy.errors import GraphError, KernelsError, UsageError
 from mla_deploy.runtime import _runtime
 from mla_deploy.runtime.core_engine import CoreEngine
 from mla_deploy.runtime.cuda import cuda_library
@@ -89,7 +89,7 @@ def load(
     chosen = choose(kernels, on_gpu=on_gpu)
     try:
         return CoreEngine(opened, core(chosen.library), chosen)
-    except GraphError as error:  # such as a cache format that the library lacks
+    except (GraphError, KernelsError) as error:  # such as a record that the library lacks
         if kernels != "auto" or chosen.library is None:
             raise
         chosen = Kernels(None, error.found or error.what)

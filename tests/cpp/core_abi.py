@@ -51,6 +51,7 @@ STATUS = (
     "MODEL_FAILED", "INTERNAL", "BAD_TOKENIZER", "UNSUPPORTED", "BUFFER_TOO_SMALL", "NOT_FOUND",
     "TOO_COMPLEX",
     "BAD_GRAPH",
+    "BAD_KERNELS",
 )  # fmt: skip
 FINISH = ("none", "eos", "stop", "length", "context", "callback", "cancelled")
 CALLBACK = ctypes.CFUNCTYPE(c_int, c_void_p, c_int32)

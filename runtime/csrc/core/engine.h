@@ -41,8 +41,8 @@ struct Request {
 // Safe in any thread. The graph runs one step at a time.
 class Engine : public std::enable_shared_from_this<Engine> {
   public:
-    // Errors: MLA_INVALID_ARGUMENT, MLA_BAD_BUNDLE, MLA_BAD_GRAPH, MLA_BAD_RUNTIME,
-    // MLA_OUT_OF_MEMORY.
+    // Errors: MLA_INVALID_ARGUMENT, MLA_BAD_BUNDLE, MLA_BAD_GRAPH, MLA_BAD_KERNELS,
+    // MLA_BAD_RUNTIME, MLA_OUT_OF_MEMORY.
     explicit Engine(const EngineOptions& options);
 
     const Bundle& bundle() const { return bundle_; }

@@ -48,7 +48,7 @@ OrtOwned<OrtSessionOptions> session_options(const OrtHost& host, Device device,
     if (device == Device::kCuda) append_cuda_provider(host, *raw, records(device, options));
     if (!options.ops_library.empty()) {
         check(api, api.RegisterCustomOpsLibrary_V2(raw, options.ops_library.c_str()),
-              MLA_BAD_RUNTIME, options.ops_library + " cannot be used as operator library");
+              MLA_BAD_KERNELS, options.ops_library + " cannot be used as operator library");
     }
     return owned;
 }

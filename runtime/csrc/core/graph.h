@@ -52,7 +52,7 @@ class DecoderGraph {
         bool spin = true;
     };
 
-    // Errors: MLA_BAD_RUNTIME, MLA_BAD_BUNDLE, MLA_BAD_GRAPH.
+    // Errors: MLA_BAD_RUNTIME, MLA_BAD_BUNDLE, MLA_BAD_GRAPH, MLA_BAD_KERNELS.
     DecoderGraph(const Bundle& bundle, const Options& options);
 
     // Lets the graph read and write the arena, which must outlive the last run.

@@ -19,6 +19,8 @@ const char* class_of(mla_status status) {
             return "BundleError";
         case MLA_BAD_GRAPH:
             return "GraphError";
+        case MLA_BAD_KERNELS:
+            return "KernelsError";
         case MLA_CACHE_FULL:
         case MLA_CONTEXT_FULL:
         case MLA_BAD_SESSION_FILE:

@@ -70,7 +70,8 @@ typedef enum mla_status {
     MLA_BUFFER_TOO_SMALL = 16, /* *count or *length has the size that is needed */
     MLA_NOT_FOUND = 17,        /* no such token */
     MLA_TOO_COMPLEX = 18,      /* a pattern needs more steps or memory than it may have */
-    MLA_BAD_GRAPH = 19 /* onnxruntime, with the operator library if any, cannot load the graph */
+    MLA_BAD_GRAPH = 19,  /* onnxruntime, with the operator library if any, cannot load the graph */
+    MLA_BAD_KERNELS = 20 /* onnxruntime cannot load the operator library */
 } mla_status;
 
 /* MLA_ABI_VERSION of the library. Compare it with the macro before anything else. */
@@ -124,8 +125,8 @@ typedef struct mla_engine_options {
 /* clang-format on */
 
 /* Loads a bundle. onnxruntime stays loaded until the process ends.
- * Errors: MLA_INVALID_ARGUMENT, MLA_BAD_BUNDLE, MLA_BAD_GRAPH, MLA_BAD_RUNTIME,
- * MLA_OUT_OF_MEMORY. */
+ * Errors: MLA_INVALID_ARGUMENT, MLA_BAD_BUNDLE, MLA_BAD_GRAPH, MLA_BAD_KERNELS,
+ * MLA_BAD_RUNTIME, MLA_OUT_OF_MEMORY. */
 MLA_API mla_status mla_engine_open(const mla_engine_options* options, mla_engine** engine);
 
 /* Closes the handle. The memory is freed when the last session of the engine is destroyed. */
