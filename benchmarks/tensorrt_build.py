@@ -118,7 +118,7 @@ def measure(
             plugin=plugin,
             log=log,
         )
-        one, several = (size / 1e6 for size in made.scratch_bytes)
+        several, one = (size / 1e6 for size in made.scratch_bytes)
         print(
             f"{target:7} {made.seconds:7.1f} {made.peak_bytes / 1e6:8.0f} "
             f"({made.peak_bytes / weights:5.2f})     {made.bytes / 1e6:10.1f} "
