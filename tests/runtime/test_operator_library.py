@@ -47,8 +47,8 @@ LEVELS = {
 RELATIVE_ERROR = {"int4": 3e-2, "int8": 2e-2, "fp16": 1e-2, "fp32": 3e-5}
 """Of the outputs. A cache in fp32 is computed exactly; the others with weights in bfloat16, and a
 quantised cache also with queries and probabilities in int8 (for int4 the largest of 120 seeds is
-2.2e-2). How good the kernels are is tested with them, against float64; a wrong operand is far outside
-of these."""
+2.2e-2). How good the kernels are is tested with them, against float64; a wrong operand is far
+outside of these."""
 HEADS, NOPE, ROPE, RANK, V = 4, 32, 16, 128, 24
 
 Array = npt.NDArray[Any]
