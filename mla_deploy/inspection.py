@@ -145,13 +145,13 @@ def _inspect_config(source: Path, recipes: Mapping[str, RecipeFor], verify: bool
     from mla_deploy.cache import cache_formats, formats_of_layers
     from mla_deploy.checkpoint import Checkpoint
     from mla_deploy.families import load_config
-    from mla_deploy.model import check_weights, count_parameters, unquantized
+    from mla_deploy.model import check_weights, model_info, unquantized
 
     config = load_config(source)
     if verify:
         folder = source if source.is_dir() else source.parent
         check_weights(Checkpoint(folder))
-    parameters = count_parameters(config)
+    model = model_info(config)
     caches = []
     for name in cache_formats():
         try:
@@ -173,11 +173,11 @@ def _inspect_config(source: Path, recipes: Mapping[str, RecipeFor], verify: bool
             weights.append(WeightCost(name, stored_bytes(config, recipe_for(unquantized(config)))))
         except MlaError as error:  # a matrix that the groups do not divide
             weights.append(WeightCost(name, None, error.what))
-    weights.append(WeightCost(FLOAT16, 2 * parameters))
+    weights.append(WeightCost(FLOAT16, 2 * model.parameters))
     return Inspection(
         path=source,
         kind="checkpoint" if source.is_dir() else "config",
-        model=_model_info(config, parameters),
+        model=model,
         caches=tuple(sorted(caches, key=lambda cost: cost.bytes_per_token or 0)),
         weights=tuple(weights),
         recipe=recipe.to_json(),
@@ -233,23 +233,4 @@ def _inspect_bundle(folder: Path, verify: bool) -> Inspection:
         stored_as=joined_formats(layers),
         cache_layers=layers,
         verified=verify,
-    )
-
-
-def _model_info(config: MlaConfig, parameters: int) -> ModelInfo:
-    return ModelInfo(
-        model_type=config.model_type,
-        parameters=parameters,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        q_lora_rank=config.q_lora_rank,
-        kv_lora_rank=config.kv_lora_rank,
-        qk_nope_head_dim=config.qk_nope_head_dim,
-        qk_rope_head_dim=config.qk_rope_head_dim,
-        v_head_dim=config.v_head_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        bos_token_id=config.bos_token_id,
-        eos_token_ids=list(config.eos_token_ids),
     )

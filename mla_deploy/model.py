@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mla_deploy.cache import CachePart, cache_record, pages_for
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
 from mla_deploy.families import family_of
+from mla_deploy.manifest import ModelInfo
 from mla_deploy.modules.attention import LatentAttention
 from mla_deploy.modules.base import checkpoint_shapes, parameter_sources
 from mla_deploy.modules.decoder import Decoder
@@ -72,6 +74,17 @@ def count_parameters(config: MlaConfig) -> int:
     for shape in checkpoint_shapes(build(unquantized(config))).values():
         total += torch.Size(shape).numel()
     return total
+
+
+def model_info(config: MlaConfig, eos_token_ids: Iterable[int] = ()) -> ModelInfo:
+    """What a manifest says of a model.
+
+    Args:
+        eos_token_ids: what ends a text besides what config.json names.
+    """
+    same = {name: getattr(config, name) for name in ModelInfo.model_fields if hasattr(config, name)}
+    same["eos_token_ids"] = list(dict.fromkeys([*config.eos_token_ids, *eos_token_ids]))
+    return ModelInfo(parameters=count_parameters(config), **same)
 
 
 def unquantized(config: MlaConfig) -> MlaConfig:

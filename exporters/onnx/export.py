@@ -30,9 +30,8 @@ from mla_deploy.manifest import (
     GraphInfo,
     LayerCache,
     Manifest,
-    ModelInfo,
 )
-from mla_deploy.model import cache_parts, check_weights, count_parameters
+from mla_deploy.model import cache_parts, check_weights, model_info
 from mla_deploy.output import check_output, check_space, writing
 from mla_deploy.progress import Progress
 from mla_deploy.recipe import CALIBRATION_FILE, WEIGHT_BITS_FILE
@@ -104,7 +103,7 @@ def export_onnx(
             manifest = Manifest(
                 version=FORMAT_VERSION,
                 producer=f"mla-deploy {__version__}",
-                model=model_info(config, tokenizer),
+                model=model_info(config, tokenizer.eos_token_ids),
                 graph=GraphInfo(
                     path=GRAPH_FILE,
                     backend="onnx",
@@ -137,13 +136,6 @@ def write_companions(tokenizer: Tokenizer, source: Path, folder: Path) -> list[s
             shutil.copyfile(source / name, folder / name)
             names.append(name)
     return names
-
-
-def model_info(config: MlaConfig, tokenizer: Tokenizer) -> ModelInfo:
-    """The manifest's part on the model. What ends a text is all that any of its files names."""
-    same = {name: getattr(config, name) for name in ModelInfo.model_fields if hasattr(config, name)}
-    same["eos_token_ids"] = list(dict.fromkeys([*config.eos_token_ids, *tokenizer.eos_token_ids]))
-    return ModelInfo(parameters=count_parameters(config), **same)
 
 
 def cache_info(

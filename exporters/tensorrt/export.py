@@ -21,7 +21,6 @@ from mla_deploy.exporters.onnx import export as onnx_export
 from mla_deploy.exporters.onnx.export import (
     COMPANIONS,
     GRAPH_FILE,
-    model_info,
     write_companions,
 )
 from mla_deploy.exporters.onnx.graph import build_graph
@@ -53,7 +52,7 @@ from mla_deploy.manifest import (
     TensorInfo,
     TensorRtInfo,
 )
-from mla_deploy.model import cache_parts, check_weights
+from mla_deploy.model import cache_parts, check_weights, model_info
 from mla_deploy.output import check_output, check_space, writing
 from mla_deploy.progress import Progress
 from mla_deploy.tokenizer_files import checked_tokenizer
@@ -153,7 +152,7 @@ def export_tensorrt(
         manifest = Manifest(
             version=FORMAT_VERSION,
             producer=f"mla-deploy {__version__}",
-            model=model_info(config, tokenizer),
+            model=model_info(config, tokenizer.eos_token_ids),
             graph=GraphInfo(
                 path=GRAPH_FILE, backend="tensorrt", lowering=wanted.name, opset=wanted.opset
             ),
