@@ -24,6 +24,9 @@ COMMANDS = (
 USERS_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 """What only the user can mend: a full or closed disk."""
 
+LEFT_OUT = {"torch": "torch", "onnx": "onnx", "onnx_ir": "onnx-ir", "safetensors": "safetensors"}
+"""Modules, and their packages, that runtime/requirements.txt leaves out: bundles run without."""
+
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
@@ -75,6 +78,14 @@ class CommandGroup(click.Group):
             where = f": {error.filename}" if error.filename else ""
             what = f"{error.strerror}{where}"
             reporter.failure(MlaError(what, hint="make room, or write elsewhere"), EXIT_USER)
+            sys.exit(EXIT_USER)
+        except ModuleNotFoundError as error:
+            if error.name not in LEFT_OUT:
+                self._report_bug(reporter, error)
+            _show_traceback(reporter)
+            what = f"this command needs {error.name}, which is not installed"
+            hint = "pip install " + " ".join(LEFT_OUT.values())
+            reporter.failure(MlaError(what, hint=hint), EXIT_USER)
             sys.exit(EXIT_USER)
         except Exception as error:
             self._report_bug(reporter, error)

@@ -157,6 +157,19 @@ def test_a_bundle_needs_what_runs_it_and_no_more(bundle: Path, command: tuple[st
     assert found.returncode == 0, found.stderr
 
 
+def test_what_a_bundle_does_not_need_is_named_where_it_is_needed(
+    tiny_mla: Path, tmp_path: Path
+) -> None:
+    words = ["quantize", str(tiny_mla), "-o", str(tmp_path / "out")]
+    code = (
+        f"import sys\nsys.modules['torch'] = None\nfrom mla_deploy.cli import main\nmain({words!r})"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 2
+    assert "this command needs torch, which is not installed" in found.stderr
+    assert "pip install torch" in found.stderr
+
+
 def test_run_obeys_its_sampling_options(bundle: Path, values_of: ValuesOf) -> None:
     def tokens(*options: object) -> list[int]:
         return values_of("run", bundle, PROMPT, "-n", 16, *options)["tokens"]

@@ -17,6 +17,7 @@ import pytest
 import tomllib
 
 import mla_deploy
+from mla_deploy.cli.app import LEFT_OUT
 from mla_deploy.runtime import _runtime
 
 ROOT = Path(__file__).parents[2]
@@ -150,6 +151,6 @@ def test_what_runs_bundles_is_the_rest_of_what_is_depended_on() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (ROOT / "runtime" / "requirements.txt").read_text().splitlines()
     wanted = {line for line in lines if not line.startswith("#")}
-    left_out = {"onnx", "onnx-ir", "safetensors", "torch"}
+    left_out = set(LEFT_OUT.values())
     held = {one for one in project["dependencies"] if re.split("[<>=]", one)[0] not in left_out}
     assert wanted == held | set(project["optional-dependencies"]["cpu"])
