@@ -129,11 +129,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
-        is_model = (folder / "config.json").is_file()
-        found = "a checkpoint" if is_model else "no such folder"
+        found = f"no {MANIFEST}" if folder.is_dir() else "no such folder"
+        if (folder / "config.json").is_file():
+            found = "a checkpoint"
         raise BundleError(
             f"{folder} is not a bundle",
-            found=f"no {MANIFEST}" if folder.is_dir() and not is_model else found,
+            found=found,
             hint="make one of a checkpoint with `mla-deploy build MODEL -o BUNDLE`",
         )
     try:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from mla_deploy.block_scales import (
     METHOD,
     SCALE_SUFFIX,
+    Block,
     SourceQuantization,
     scaled,
     scales_shape,
@@ -83,7 +84,7 @@ class TensorFolder:
         """Of float8 matrices, by the matrix' name."""
         self._block = None if quantization is None else quantization.block
         if self._block is not None:
-            self._pair_scales()
+            self._pair_scales(self._block)
         self._open_file: Any = None
         self._open_path: Path | None = None
         self._bytes_since_open = 0
@@ -143,9 +144,8 @@ class TensorFolder:
         for name, shape in shapes.items():
             self.info(name, shape)
 
-    def _pair_scales(self) -> None:
+    def _pair_scales(self, block: Block) -> None:
         """Take the scales of float8 matrices out of `tensors`."""
-        assert self._block is not None
         for name in [name for name in self.tensors if name.endswith(SCALE_SUFFIX)]:
             scales = self.tensors.pop(name)
             base = name.removesuffix(SCALE_SUFFIX)
@@ -156,7 +156,7 @@ class TensorFolder:
                     found="no such matrix" if matrix is None else f"{matrix.dtype} {matrix.shape}",
                     hint="get the checkpoint again",
                 )
-            wanted = scales_shape(matrix.shape, self._block)
+            wanted = scales_shape(matrix.shape, block)
             if scales.shape != wanted or scales.dtype not in _FLOAT_BYTES:
                 raise CheckpointError(
                     f"{scales.file}: the scales {name} cannot be used",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from mla_deploy.config_reader import ConfigReader
@@ -47,7 +48,28 @@ KINDS = ("default", "yarn", "longrope")
 
 
 def read_rope(keys: ConfigReader) -> RopeConfig:
-    """`rope_parameters`, or the older `rope_theta` with `rope_scaling`."""
+    """The rotary positions of a config.json."""
+    kind, theta, nested = read_rope_kind(keys, KINDS)
+    rope = RopeConfig(
+        theta=theta,
+        yarn=_read_yarn(nested) if kind == "yarn" else None,
+        longrope=_read_longrope(nested, keys) if kind == "longrope" else None,
+    )
+    nested.finish()
+    return rope
+
+
+def read_rope_kind(
+    keys: ConfigReader, kinds: Collection[str], default_theta: float = 1e4
+) -> tuple[str, float, ConfigReader]:
+    """`rope_parameters`, or the older `rope_theta` with `rope_scaling`.
+
+    Returns:
+        The kind of scaling, theta, and a reader of the scaling's own keys, to be finished.
+
+    Raises:
+        ConfigError: a kind that is none of `kinds`, or values out of range.
+    """
     raw = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
     keys.get("rope_scaling")
     origin = f"{keys.origin}, rope scaling"
@@ -55,20 +77,15 @@ def read_rope(keys: ConfigReader) -> RopeConfig:
         raise ConfigError(f"{origin} has the wrong type", found=raw, allowed="an object, or null")
     nested = ConfigReader(raw, origin, neutral=frozenset({"rope_type", "type"}))
     kind = raw.get("rope_type", raw.get("type", "default"))
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ConfigError(
             f"{keys.origin}: this rope scaling is not supported",
             found=kind,
-            allowed=", ".join(KINDS),
+            allowed=", ".join(kinds),
         )
     nested.expect("partial_rotary_factor", 1.0, None)
-    rope = RopeConfig(
-        theta=nested.positive("rope_theta", keys.positive("rope_theta", 1e4), above=1.0),
-        yarn=_read_yarn(nested) if kind == "yarn" else None,
-        longrope=_read_longrope(nested, keys) if kind == "longrope" else None,
-    )
-    nested.finish()
-    return rope
+    theta = nested.positive("rope_theta", keys.positive("rope_theta", default_theta), above=1.0)
+    return kind, theta, nested
 
 
 def _read_yarn(nested: ConfigReader) -> YarnScaling:

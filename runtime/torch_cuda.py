@@ -197,20 +197,14 @@ def _misshapen(name: str, one: torch.Tensor, allowed: str) -> CudaError:
 
 
 def _check_type(name: str, one: torch.Tensor, dtype: torch.dtype) -> None:
-    if one.dtype != dtype:
-        raise CudaError(
-            f"latent_attention: {name} is of a type that the kernels do not read",
-            found=one.dtype,
-            allowed=dtype,
-            hint="convert it with .to()",
-        )
+    what = "is of a type that the kernels do not read"
+    _check_equal(name, what, one.dtype, dtype, "convert it with .to()")
 
 
 def _check_device(name: str, one: torch.Tensor, device: torch.device) -> None:
-    if one.device != device:
-        raise CudaError(
-            f"latent_attention: {name} is not where q is",
-            found=one.device,
-            allowed=device,
-            hint="move it there with .to()",
-        )
+    _check_equal(name, "is not where q is", one.device, device, "move it there with .to()")
+
+
+def _check_equal(name: str, what: str, found: object, allowed: object, hint: str) -> None:
+    if found != allowed:
+        raise CudaError(f"latent_attention: {name} {what}", found=found, allowed=allowed, hint=hint)

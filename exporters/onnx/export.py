@@ -89,7 +89,7 @@ def export_onnx(
     config = checkpoint.config
     tokenizer = checked_tokenizer(source)
     output = check_output(source, out, lambda old: (old / MANIFEST).is_file(), force=force)
-    graph = build_graph(config, checkpoint, spelling)
+    graph = build_graph(config, spelling)
     initializers = list(graph.builder.initializers.values())
     check_space(out.parent, sum(one.nbytes for one in initializers))
     with workspace(output) as folder:

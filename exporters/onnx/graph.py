@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from mla_deploy.cache import CachePart
-from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
 from mla_deploy.exporters.onnx.builder import GraphBuilder
 from mla_deploy.exporters.onnx.translate import Table, Weight, translate
@@ -76,14 +75,14 @@ class DecoderGraph:
     builder: GraphBuilder
 
 
-def build_graph(config: MlaConfig, checkpoint: Checkpoint, target: Target) -> DecoderGraph:
+def build_graph(config: MlaConfig, target: Target) -> DecoderGraph:
     """Build the graph of a model, with the inputs and outputs that the target gives it.
 
-    Every tensor is looked up in the checkpoint's headers first, so that what is missing is reported
-    before anything is written.
+    Its weights are named, and read when they are written: `check_weights` says beforehand whether a
+    checkpoint has them.
     """
     builder = GraphBuilder()
-    family = family_of(config.model_type, str(checkpoint.path))
+    family = family_of(config.model_type, config.model_type)
     hidden = config.hidden_size
     int64 = torch.int64
     batch = target.batch or "B"
@@ -103,7 +102,7 @@ def build_graph(config: MlaConfig, checkpoint: Checkpoint, target: Target) -> De
         TensorSpec("input_ids", (batch, "S"), int64),
         TensorSpec("past_lengths", (batch,), int64),
     ]
-    emit = _Emitter(builder, target, checkpoint)
+    emit = _Emitter(builder, target)
     x, cos, sin = emit(trace(emit.typed(prologue), specs), prologue, values, "model")
     values |= {"cos": cos, "sin": sin, "x": x}
 
@@ -158,14 +157,12 @@ class _Emitter:
 
     builder: GraphBuilder
     target: Target
-    checkpoint: Checkpoint
 
     def __call__(
         self, traced: Trace, module: nn.Module, values: Mapping[str, ir.Value | None], scope: str
     ) -> list[ir.Value]:
         weights = {}
         for name, parameter, source in parameter_sources(module):
-            self.checkpoint.check(source.tensors())
             full_name = f"{scope}.{name}"
             weights[name] = Weight(full_name, tuple(parameter.shape), parameter.dtype, source)
         path = "/" + scope.replace(".", "/", 1)

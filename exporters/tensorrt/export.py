@@ -131,7 +131,7 @@ def export_tensorrt(
     if options.plugin:
         check_plugin(config)
     target = (TensorRtPlugin if options.plugin else TensorRt)(wanted, DTYPES[options.dtype])
-    graph = build_graph(config, checkpoint, target)
+    graph = build_graph(config, target)
     initializers = list(graph.builder.initializers.values())
     weights = sum(one.nbytes for one in initializers)
     _check_types({one.dtype for one in initializers}, options)

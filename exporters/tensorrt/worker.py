@@ -52,6 +52,25 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(request["onnx"]):
         raise _BuildError(f"the parser refuses it: {parser.get_error(0).desc()}")
+    engine = builder.build_serialized_network(network, _configured(trt, builder, request))
+    if request["log"]:
+        with open(request["log"], "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in logger.lines)
+    if engine is None:
+        raise _BuildError(logger.last_error or "no reason given")
+    with open(request["engine"], "wb") as out:
+        out.write(engine)
+    return {
+        "version": trt.__version__,
+        "seconds": time.monotonic() - start,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "scratch_bytes": _figures(logger.lines, r"Max Scratch Memory: (\d+) bytes"),
+        "weights_bytes": _figures(logger.lines, r"Total Weights Memory: (\d+) bytes"),
+    }
+
+
+def _configured(trt: Any, builder: Any, request: dict[str, Any]) -> Any:
+    """The settings of a build."""
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32: routers depend on it
     config.max_aux_streams = 0  # each stream would have scratch memory of its own
@@ -68,21 +87,7 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
         for name, (least, usual, most) in shapes.items():
             profile.set_shape(name, least, usual, most)
         config.add_optimization_profile(profile)
-    engine = builder.build_serialized_network(network, config)
-    if request["log"]:
-        with open(request["log"], "w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in logger.lines)
-    if engine is None:
-        raise _BuildError(logger.last_error or "no reason given")
-    with open(request["engine"], "wb") as out:
-        out.write(engine)
-    return {
-        "version": trt.__version__,
-        "seconds": time.monotonic() - start,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "scratch_bytes": _figures(logger.lines, r"Max Scratch Memory: (\d+) bytes"),
-        "weights_bytes": _figures(logger.lines, r"Total Weights Memory: (\d+) bytes"),
-    }
+    return config
 
 
 def _figures(lines: list[str], pattern: str) -> list[int]:

@@ -97,11 +97,8 @@ class Partial:
         tensors = {_LATENT + name: x for name, x in student.latent.tensors().items()}
         tensors |= {_PROJECTION + name: x for name, x in student.projections.items()}
         tensors["softmax_scale"] = torch.tensor(student.latent.softmax_scale, dtype=torch.float64)
-        file = self._student(layer)
-        temporary = file.with_name(f".{file.name}.tmp")
-        with writing(self.folder):
-            save_file({name: x.contiguous() for name, x in tensors.items()}, temporary)
-            temporary.rename(file)
+        with whole_file(self._student(layer)) as file:
+            save_file({name: x.contiguous() for name, x in tensors.items()}, file)
 
     def _streams(self, first: int) -> Path:
         return self.folder / f"streams-{first:05d}.safetensors"

@@ -15,6 +15,7 @@ from mla_deploy.checkpoint import TensorFolder, refuse_quantized
 from mla_deploy.config_reader import ConfigReader, read_json_object
 from mla_deploy.errors import CheckpointError, ConfigError
 from mla_deploy.families import CONVERTIBLE, families
+from mla_deploy.rope_config import read_rope_kind
 from mla_deploy.unused import unused_tensors
 
 _LLAMA3 = [
@@ -283,22 +284,8 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def _read_rope(keys: ConfigReader, default_theta: float) -> tuple[float, dict[str, Any]]:
-    """`rope_parameters`, or the older `rope_theta` with `rope_scaling`."""
-    raw = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
-    keys.get("rope_scaling")
-    origin = f"{keys.origin}, rope scaling"
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{origin} has the wrong type", found=raw, allowed="an object, or null")
-    kind = raw.get("rope_type", raw.get("type", "default"))
-    if kind not in tuple(ROPE_KEYS):
-        raise ConfigError(
-            f"{keys.origin}: this rope scaling is not supported",
-            found=kind,
-            allowed=", ".join(ROPE_KEYS),
-        )
-    nested = ConfigReader(raw, origin, neutral=frozenset({"rope_type", "type"}))
-    nested.expect("partial_rotary_factor", 1.0, None)
-    theta = nested.positive("rope_theta", keys.positive("rope_theta", default_theta), above=1.0)
+    """Theta, and the scaling with its kind."""
+    kind, theta, nested = read_rope_kind(keys, ROPE_KEYS, default_theta)
     required = {"linear": ROPE_KEYS["linear"], "llama3": _LLAMA3, "yarn": _YARN[:2]}.get(kind, [])
     scaling: dict[str, Any] = {"rope_type": kind}
     for key in ROPE_KEYS[kind]:
@@ -309,7 +296,7 @@ def _read_rope(keys: ConfigReader, default_theta: float) -> tuple[float, dict[st
     nested.finish()
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ConfigError(
-            f"{origin}: the factors of the frequencies are the wrong way round",
+            f"{nested.origin}: the factors of the frequencies are the wrong way round",
             found=f"low {scaling['low_freq_factor']}, high {scaling['high_freq_factor']}",
             allowed="low_freq_factor below high_freq_factor",
         )

@@ -21,7 +21,9 @@ from mla_deploy.bundle import Bundle
 from mla_deploy.cache import cache_record
 from mla_deploy.errors import BundleError, ConfigError, MlaError, OutputError, UsageError
 from mla_deploy.exporters.tensorrt import build, export
+from mla_deploy.exporters.tensorrt import worker as worker_module
 from mla_deploy.exporters.tensorrt.build import BuildError
+from mla_deploy.exporters.tensorrt.capability import capability, compute_capability
 from mla_deploy.exporters.tensorrt.export import TensorRtOptions, export_tensorrt
 from mla_deploy.families import load_config
 from mla_deploy.quant.quantize import QuantizeOptions, quantize_checkpoint
@@ -156,6 +158,23 @@ def test_old_gpus_take_no_matrices_in_4_bits(
     options = replace(SM89, targets=("sm89", "sm75"))
     for where in (source, graph):
         expect(UsageError, "sm75 multiplies no matrices", where, tmp_path, options)
+
+
+@pytest.mark.parametrize(("target", "capability_name"), [("sm89", "SM89"), ("sm80+", None)])
+def test_what_an_engine_is_built_with(target: str, capability_name: str | None) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    wanted = compute_capability(target, capability("rtx1.7"))
+    assert wanted == capability_name
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    request = {"plugin": None, "compute_capability": wanted, "profiles": []}
+    config = worker_module._configured(trt, builder, request)
+    assert not config.get_flag(trt.BuilderFlag.TF32)
+    assert config.max_aux_streams == 0
+    plain = builder.create_builder_config().num_compute_capabilities
+    assert config.num_compute_capabilities == (plain if wanted is None else 1)
+    if wanted is not None:
+        assert config.get_compute_capability(0) == trt.ComputeCapability.SM89
+    assert compute_capability("sm87", capability("trt10.3")) is None
 
 
 def test_the_installed_worker_is_meant_and_not_a_checkout(

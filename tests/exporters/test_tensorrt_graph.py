@@ -38,7 +38,7 @@ def source(tiny_mla: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoi
 @pytest.fixture(scope="module", params=CAPABILITIES)
 def lowered(request: pytest.FixtureRequest, source: Checkpoint) -> tuple[Capability, DecoderGraph]:
     capability = CAPABILITIES[request.param]
-    return capability, build_graph(source.config, source, TensorRt(capability, torch.float16))
+    return capability, build_graph(source.config, TensorRt(capability, torch.float16))
 
 
 def test_the_parser_lists_every_operator(lowered: tuple[Capability, DecoderGraph]) -> None:
@@ -152,5 +152,5 @@ def test_one_recipe_of_zeros_is_like_another(source: Checkpoint, tmp_path: Path)
     (tmp_path / "exact" / "config.json").write_text(json.dumps(raw))
     other = Checkpoint(tmp_path / "exact")
     target = TensorRt(CAPABILITIES["rtx1.7"], torch.float32)
-    graph = build_graph(other.config, other, target)
+    graph = build_graph(other.config, target)
     assert "model.layers.1.mlp.experts.gate_up_zeros.correction" in graph.builder.initializers
