@@ -73,6 +73,14 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Break, str]] = {
     "missing tensor": (edit_weights(lambda tensors: tensors.pop(NORM)), f"lacks the tensor {NORM}"),
     "wrong shape": (edit_weights(cut_a_row), f"the tensor {PROJECTION} has the wrong shape"),
     "NaN": (edit_weights(set_nan), PROJECTION),
+    "a tensor of no use": (
+        edit_weights(lambda t: t.update({f"{PROJECTION}.bias": torch.ones(4)})),
+        "does not use",
+    ),
+    "bytes": (
+        edit_weights(lambda t: t.update({PROJECTION: t[PROJECTION].to(torch.uint8)})),
+        PROJECTION,
+    ),
 }
 
 
@@ -106,6 +114,17 @@ def test_a_broken_checkpoint(
     break_it, message = BROKEN_CHECKPOINTS[problem]
     break_it(checkpoint)
     assert_users_error(invoke(command, checkpoint, "-o", outputs / "out"), message)
+    assert list(outputs.iterdir()) == []
+
+
+@pytest.mark.parametrize("problem", BROKEN_CHECKPOINTS)
+def test_a_broken_checkpoint_for_tensorrt(
+    problem: str, checkpoint: Path, outputs: Path, invoke: Invoke
+) -> None:
+    break_it, message = BROKEN_CHECKPOINTS[problem]
+    break_it(checkpoint)
+    options = ("--to", "tensorrt", "--onnx-only")
+    assert_users_error(invoke("export", checkpoint, "-o", outputs / "out", *options), message)
     assert list(outputs.iterdir()) == []
 
 
