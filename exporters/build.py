@@ -126,7 +126,7 @@ def build_bundle(
         say(
             f"goes on from what is in {work}"
             if holds_work(work)
-            else f"unfinished work is in {work}: if this is stopped, the same command goes on"
+            else f"works in {work}: if this is stopped, the same command goes on from there"
         )
         bundle = work / "bundle"
         made = run.export(run.quantized(), bundle, True)
